@@ -1,0 +1,105 @@
+"""The one place that decides which implementation of an op runs.
+
+Backends: ``triton`` (this folder), ``cuda`` and ``cpp`` (the compiled extension of ``csrc/``, on a GPU and on a CPU), and
+``torch`` (the PyTorch reference that stands beside every op). Nothing falls back in silence: :func:`explain` gives the
+backend of each op on a device, and the reason.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("triton", "cuda", "cpp", "torch")
+
+# What `auto` prefers, first to last; the first that is available wins. A backend that an op does not have is not named.
+PREFERENCE = {
+    "attention": ("triton", "torch"),
+    "layer_norm": ("triton", "cpp", "torch"),
+    "gelu_mlp": ("triton", "cuda", "cpp", "torch"),
+    "cross_entropy": ("triton", "cuda", "cpp", "torch"),
+    "embedding": ("triton", "torch"),
+    "linear": ("triton", "torch"),  # "triton": cuBLAS on the shadow, weight gradient in fp32; no kernel of its own
+    "adamw": ("cuda", "cpp", "torch"),
+    "grad_norm": ("cuda", "cpp", "torch"),
+}
+
+_requested = os.environ.get("NANOGPT_KERNELS", "auto")
+
+
+def interpreting() -> bool:
+    """True where Triton's interpreter stands in for a GPU (``TRITON_INTERPRET=1``), so that kernels take CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use(backend: str) -> None:
+    """Asks for one backend for every op that has it; the other ops go on as under ``auto``.
+
+    Raises:
+        ValueError: for a name that is none of ``auto`` and :data:`BACKENDS`.
+    """
+    global _requested
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"kernels={backend}: expected one of auto, {', '.join(BACKENDS)}")
+    _requested = backend
+    _resolve.cache_clear()
+
+
+def requested() -> str:
+    return _requested
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, device_type: str) -> str:
+    """The backend that ``op`` takes for tensors on a device of this type (``"cpu"``, ``"cuda"``, ``"mps"``)."""
+    return _resolve(op, device_type)[0]
+
+
+def explain(device_type: str) -> dict[str, tuple[str, str]]:
+    """For every op: its backend on this device and why, for the start-up banner."""
+    return {op: _resolve(op, device_type) for op in PREFERENCE}
+
+
+@functools.cache
+def _resolve(op: str, device_type: str) -> tuple[str, str]:
+    order = PREFERENCE[op]
+    note = ""
+    if _requested != "auto":
+        if _requested not in order:
+            note = f"{op} has no {_requested} backend; "
+        else:
+            missing = _unavailable(op, _requested, device_type)
+            if missing:
+                raise ValueError(f"kernels={_requested}: {op} on {device_type}: {missing}")
+            return _requested, "asked for"
+    reasons = []
+    for backend in order:
+        missing = _unavailable(op, backend, device_type)
+        if not missing:
+            return backend, note + ("; ".join(reasons) or "first choice on this device")
+        reasons.append(f"no {backend}: {missing}")
+    raise AssertionError("torch is always available")
+
+
+def _unavailable(op: str, backend: str, device_type: str) -> str:
+    """Why ``backend`` cannot run ``op`` here; empty if it can."""
+    if backend == "torch":
+        return ""
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if interpreting():
+            return "" if device_type == "cpu" else "Triton's interpreter takes CPU tensors"
+        if device_type != "cuda":
+            return f"Triton has no {device_type} target"
+        if torch.version.hip is not None:
+            return "ROCm is untested"
+        major, minor = torch.cuda.get_device_capability()
+        return "" if major >= 8 else f"sm_{major}{minor} is older than sm_80"
+    from kernels import extension
+
+    expected = {"cuda": "cuda", "cpp": "cpu"}[backend]
+    if device_type != expected:
+        return f"for {expected} tensors only"
+    return extension.unavailable(op, backend)

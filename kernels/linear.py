@@ -1,0 +1,83 @@
+"""y = x W^T + b on cuBLAS, with fp32 parameters and no casts in the step.
+
+Parameters are fp32; GEMMs read a compute-dtype copy of each, its *shadow*, which hangs on the parameter as ``.shadow`` and
+which the AdamW kernel writes together with the parameter. The weight gradient leaves its GEMM in fp32 (the accumulators are
+fp32 anyway), so that neither the gradient nor its sum over micro-steps is ever rounded to 16 bits.
+
+M rows (B*T), K inputs, N outputs. FLOPs: 2MNK forward, 4MNK backward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import dispatch
+
+
+def shadow(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The copy of a parameter in ``dtype``, brought up to date if the parameter was changed by other means than our AdamW.
+
+    The parameter itself where it already has that dtype. Outside of ``torch.compile`` a changed parameter is noticed by its
+    version counter, so any optimizer and ``load_state_dict`` are safe.
+    """
+    if parameter.dtype == dtype:
+        return parameter.detach()
+    copy = getattr(parameter, "shadow", None)
+    if torch.compiler.is_compiling() and copy is not None:
+        return copy
+    stale = copy is None or copy.dtype != dtype or copy.device != parameter.device
+    if stale or parameter.shadow_version != parameter._version:
+        # A copy first made while sampling must serve training too.
+        with torch.inference_mode(False), torch.no_grad():
+            if stale:
+                parameter.shadow = parameter.detach().to(dtype)
+            else:
+                copy.copy_(parameter)
+        parameter.shadow_version = parameter._version
+    return parameter.shadow
+
+
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) times b (K, N) -> fp32 (M, N), the accumulators of the 16-bit GEMM unrounded."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+class _Linear(torch.autograd.Function):
+    """cuBLAS only, so plain PyTorch calls inside: torch.compile, DDP and graph capture see through it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_shadow, bias_shadow):
+        ctx.save_for_backward(x, weight_shadow)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return F.linear(x, weight_shadow, bias_shadow)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dy2 = dy.reshape(-1, dy.shape[-1])  # (M, N)
+        dx = (dy2 @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        dw = mm_fp32(dy2.t(), x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+        db = dy2.sum(0, dtype=torch.float32).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        return dx, dw, db, None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer with the gradient of fp32 parameters in fp32.
+
+    Args:
+        x: (..., K), compute dtype.
+        weight: (N, K) parameter, fp32 (or already the compute dtype, as under FSDP2's mixed precision).
+        bias: (N,) parameter or None.
+
+    Returns:
+        (..., N) in x's dtype.
+    """
+    if dispatch.choose("linear", x.device.type) == "torch":
+        return linear_ref(x, weight, bias)
+    return _Linear.apply(x, weight, bias, shadow(weight, x.dtype), None if bias is None else shadow(bias, x.dtype))

@@ -1,0 +1,25 @@
+"""Where tests run: `triton` ones on the GPU or in Triton's interpreter, `gpu` ones on a GPU only.
+
+The interpreter must be chosen before Triton is imported, so it has a process of its own: ``TRITON_INTERPRET=1 pytest -m triton``.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available() and not INTERPRET
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        elif "triton" in item.keywords and not (HAS_GPU or INTERPRET):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(1337)
