@@ -48,7 +48,7 @@ def arch(device_index: int | None = None) -> int:
 
 
 def lookup(op: str, bucket: str, arch: int) -> dict[str, int]:
-    """The configuration of ``op`` for a shape bucket such as ``d64``; a copy, as launchers pop from it.
+    """The configuration of ``op`` for a shape bucket such as ``d64``; a copy.
 
     An architecture without an entry takes the next older one's.
     """
@@ -85,6 +85,7 @@ def measure(candidates, launch) -> Iterator[tuple[float, dict]]:
 
     for config in candidates:
         try:
-            yield triton.testing.do_bench(lambda: launch(dict(config)), return_mode="median"), config
+            ms = triton.testing.do_bench(functools.partial(launch, config), return_mode="median")
         except OutOfResources:
             continue
+        yield ms, config

@@ -1,7 +1,8 @@
 """What the compiler makes of every shipped kernel, without a GPU: ``python -m kernels.report [--arch 80 90] [--only NAME]``.
 
-Each row is one kernel variant of the config table, compiled ahead of time: registers per thread, stack bytes (spills), shared
-memory, and whether the PTX holds the instructions that make it fast on that architecture. Exit code 1 if a row is over its limits.
+Each row is one kernel variant of the config table, compiled ahead of time: registers per thread, stack bytes (spills),
+shared memory, and which of the instructions that make it fast on that architecture its PTX holds. Exit code 1 if a row is
+over its limits.
 """
 
 import argparse

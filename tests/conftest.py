@@ -1,6 +1,7 @@
 """Where tests run: `triton` ones on the GPU or in Triton's interpreter, `gpu` ones on a GPU only.
 
-The interpreter must be chosen before Triton is imported, so it has a process of its own: ``TRITON_INTERPRET=1 pytest -m triton``.
+The interpreter must be chosen before Triton is imported, so it has a process of its own:
+``TRITON_INTERPRET=1 pytest -m triton``.
 """
 
 import os
