@@ -1,0 +1,49 @@
+"""Loads the compiled extension of ``csrc/``: ``nanogpt_cpu`` (schemas and CPU kernels) and ``nanogpt_cuda``.
+
+``pip install -e .`` or ``python setup.py build_ext --inplace`` puts both beside this file. They use PyTorch's stable ABI, so
+one build serves several torch releases. Nothing is loaded before an op asks for it.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+
+# Ops that each library implements: what `unavailable` answers for.
+OPS = {
+    "cpp": ("adamw", "grad_norm"),
+    "cuda": ("adamw", "grad_norm"),
+}
+LIBRARIES = {"cpp": "nanogpt_cpu", "cuda": "nanogpt_cuda"}
+BUILD = "python setup.py build_ext --inplace"
+
+
+@functools.cache
+def unavailable(op: str, backend: str) -> str:
+    """Why ``op`` cannot run on the extension's ``backend`` (``"cuda"`` or ``"cpp"``); empty if it can. Loads on first use."""
+    if op not in OPS[backend]:
+        return f"csrc has no {op} for {backend}"
+    return _load(backend)
+
+
+@functools.cache
+def _load(backend: str) -> str:
+    """Loads a library into torch.ops.nanogpt; returns why that failed, or an empty string."""
+    if backend == "cuda":
+        missing = _load("cpp")  # it holds the schemas of both
+        if missing:
+            return missing
+    name = LIBRARIES[backend]
+    found = sorted(Path(__file__).parent.glob(f"{name}*.so"))
+    if not found:
+        return f"{name} is not built ({BUILD})"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"{found[0].name} does not load: {error}"
+    return ""
+
+
+def status() -> dict[str, str]:
+    """``{"nanogpt_cpu": "loaded", "nanogpt_cuda": "nanogpt_cuda is not built (...)"}`` for the start-up banner."""
+    return {name: _load(backend) or "loaded" for backend, name in LIBRARIES.items()}
