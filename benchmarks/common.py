@@ -1,0 +1,405 @@
+"""What every benchmark shares: command line, machine facts, correctness gate, interleaved timing, rows, plots.
+
+Method. A provider is checked first, forward and gradients, by the rule of the tests: its largest error against fp32 may be at
+most three times PyTorch's own at the same dtype. One that is wrong, or raises, gets a row that says so and no time. The rest
+are timed in turns, call by call, so that a change of clocks hits all alike: device events around each call, the L2 cache
+overwritten before it, and a short device-side sleep that gives Python a head start, so that kernels and not launches are
+timed. On a CPU the clock is ``perf_counter``. A row holds median, p20 and p80, and what machine, versions and commit it is of.
+"""
+
+import argparse
+import csv
+import functools
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # run as a script from anywhere, installed or not
+    sys.path.insert(0, str(ROOT))
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Data sheets: dense FLOP/s in 16 bits, bytes/s of memory. First match wins.
+DATA_SHEET = {
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100 NVL": (835e12, 3.9e12),
+    "H100": (989.4e12, 3.35e12),
+    "H200": (989.4e12, 4.8e12),
+    "A100-SXM4-80GB": (312e12, 2.039e12),
+    "A100-PCIE-40GB": (312e12, 1.555e12),
+    "A100": (312e12, 1.555e12),
+    "RTX 4090": (165.2e12, 1.008e12),
+    "RTX 3090": (71e12, 0.936e12),
+}
+
+_MEASURED = ("ms", "p20", "p80", "n", "tflops", "gbps", "percent", "tokens_per_s", "mfu", "mfu_causal", "peak_mib", "error")
+_ORIGIN = ("device", "driver", "sm_mhz", "torch", "triton", "commit", "date", "command")
+COLUMNS = ("op", "case", "provider", "pass", "dtype", "status", *_MEASURED, *_ORIGIN)
+
+
+class Stats(NamedTuple):
+    """Of one provider's calls, in ms."""
+
+    median: float
+    p20: float
+    p80: float
+    n: int
+
+
+class Work(NamedTuple):
+    """What a pass must do at least: FLOPs, and bytes of memory read and written."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+def data_sheet(device_name: str) -> tuple[float, float] | None:
+    """(FLOP/s, bytes/s) of the GPU's data sheet, or None for one that is not listed."""
+    return next((peak for name, peak in DATA_SHEET.items() if name in device_name), None)
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name} x{torch.get_num_threads()}"
+
+
+@functools.cache
+def machine(device: str) -> dict[str, str]:
+    """Device, driver, versions, commit and date: the columns that tie a row to where it comes from."""
+    commit = os.environ.get("NANOGPT_COMMIT") or _output("git", "rev-parse", "--short", "HEAD") or "unknown"
+    if _output("git", "status", "--porcelain", "--untracked-files=no", "--", "kernels", "nanogpt", "csrc", "benchmarks/*.py"):
+        commit += "+"  # with changes of its own
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = ""
+    gpu = device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] if gpu else "",
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "commit": commit,
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", *(os.path.relpath(a, ROOT) if a.endswith(".py") else a for a in sys.argv)]),
+    }
+
+
+def sm_clock(device: str) -> str:
+    """MHz now, so that a row of a throttled GPU shows."""
+    if not device.startswith("cuda"):
+        return ""
+    return _output("nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits").split("\n")[0]
+
+
+def slug(device_name: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in device_name.lower().replace("nvidia", "")).split())
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    p.add_argument("--providers", type=lambda s: s.split(","), help="names, separated by commas; default: all")
+    p.add_argument("--quick", action="store_true", help="fewer shapes and repetitions")
+    p.add_argument("--tiny", action="store_true", help="the smallest form, for tests")
+    p.add_argument("--out", type=Path, help="folder, or a .csv to append to; default benchmarks/results/DEVICE-DATE")
+    p.add_argument("--plot", action="store_true", help="also draw the rows of this run as OUT/OP.png")
+    return p
+
+
+class Bench:
+    """One run of one benchmark: its options, ceilings, and the rows written so far.
+
+    Args:
+        op: the name in the rows and of the file.
+        args: parsed options of :func:`parser`.
+    """
+
+    def __init__(self, op: str, args: argparse.Namespace):
+        self.op, self.args, self.device = op, args, args.device
+        self.gpu = args.device.startswith("cuda")
+        if self.gpu:
+            torch.cuda.set_device(args.device)
+        args.dtype = args.dtype or ("bf16" if self.gpu else "fp32")
+        self.dtype = DTYPES[args.dtype]
+        self.facts = machine(args.device)
+        out = args.out or ROOT / "benchmarks" / "results" / f"{slug(self.facts['device'])}-{self.facts['date']}"
+        self.path = out if out.suffix == ".csv" else out / f"{op}.csv"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows: list[dict] = []
+        torch.manual_seed(1337)
+        print(f"# {op}: " + ", ".join(f"{k} {v}" for k, v in self.facts.items() if v and k != "command"), flush=True)
+
+    @functools.cached_property
+    def ceilings(self) -> Work:
+        """Measured FLOP/s of a large matmul and bytes/s of a large copy, in this dtype on this device."""
+        return ceilings(self.device, self.dtype)
+
+    def wanted(self, providers: dict[str, Callable]) -> dict[str, Callable]:
+        """Those of the providers that were asked for."""
+        asked = self.args.providers
+        return {name: f for name, f in providers.items() if asked is None or name in asked}
+
+    def row(self, case: str, provider: str, pass_: str, status: str = "ok", stats: Stats | None = None, **more) -> None:
+        """Appends a row to the file at once, and prints it."""
+        row = {"op": self.op, "case": case, "provider": provider, "pass": pass_, "dtype": self.args.dtype, "status": status}
+        if stats:
+            row |= {"ms": f"{stats.median:.5g}", "p20": f"{stats.p20:.5g}", "p80": f"{stats.p80:.5g}", "n": stats.n}
+        row |= {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in more.items()}
+        row |= self.facts | {"sm_mhz": sm_clock(self.device)}
+        unknown = row.keys() - set(COLUMNS)
+        assert not unknown, unknown
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        self.rows.append(row)
+        shown = [f"{row[c]} {unit}" for c, unit in _SHOWN.items() if row.get(c, "") != ""]
+        print(f"{case:<28} {provider:<22} {pass_:<5} {status[:90] if status != 'ok' else '  '.join(shown)}", flush=True)
+
+    def timed_row(self, case: str, provider: str, pass_: str, stats: Stats, work: Work, **more) -> None:
+        """A row with rates, and the percentage of the measured ceiling that bounds this work from below."""
+        seconds = stats.median / 1e3
+        floor = max(work.flops / self.ceilings.flops, work.bytes / self.ceilings.bytes)
+        if work.flops:
+            more["tflops"] = work.flops / seconds / 1e12
+        if work.bytes:
+            more["gbps"] = work.bytes / seconds / 1e9
+        if floor:
+            more["percent"] = 100 * floor / seconds
+        self.row(case, provider, pass_, stats=stats, **more)
+
+    def compare(
+        self,
+        case: str,
+        providers: dict[str, Callable[..., Tensor]],
+        reference: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        work: dict[str, Work],
+        exact: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Checks, times and reports one case.
+
+        Args:
+            providers: name -> function of the inputs that returns one tensor.
+            reference: the same in plain PyTorch, at whatever dtype its inputs have.
+            inputs: leaves; those that require a gradient get one in the check and in the passes `bwd` and `both`.
+            work: the passes to time (`fwd`, `bwd`, `both`) and what each must do.
+            exact: the reference's output and gradients in fp32, where the caller has a cheaper way to them.
+        """
+        train = any(x.requires_grad for x in inputs) and set(work) != {"fwd"}
+        providers = self.wanted(providers)
+        with torch.no_grad():
+            dy = torch.randn_like(reference(*inputs))
+        if exact is None:
+            exact = evaluate(reference, [widened(x) for x in inputs], dy.float(), train)
+        allowed = [error_of(a, b) for a, b in zip(evaluate(reference, inputs, dy, train), exact)]
+        good, peaks, errors = {}, {}, {}
+        for name, function in providers.items():
+            try:
+                before = self._reset_peak()
+                got = evaluate(function, inputs, dy, train)
+                peaks[name] = self._peak(before)
+                status, errors[name] = verdict(got, exact, allowed)
+                del got
+            except Exception as error:  # any provider may fail in any way: the row says how, the others go on
+                status = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            if status == "ok":
+                good[name] = function
+            else:
+                self.row(case, name, "check", status, error=errors.get(name, ""))
+        for pass_, least in work.items():
+            calls = {name: one_pass(function, inputs, dy, pass_) for name, function in good.items()}
+            for name, stats in self.time(calls).items():
+                self.timed_row(case, name, pass_, stats, least, peak_mib=peaks[name], error=errors[name])
+
+    def _reset_peak(self) -> int:
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() if self.gpu else 0
+
+    def _peak(self, before: int) -> float | str:
+        return (torch.cuda.max_memory_allocated() - before) / 2**20 if self.gpu else ""
+
+    def time(self, calls: dict[str, Callable[[], object]]) -> dict[str, Stats]:
+        """Interleaved timing of functions without arguments; about 0.1 s each when quick, else 0.4 s."""
+        budget = 1.0 if self.args.tiny else 100.0 if self.args.quick else 400.0  # ms a provider
+        return interleaved(calls, self.device, budget)
+
+    def finish(self) -> None:
+        """Draws the plot if asked, and names the file."""
+        if self.args.plot and any(r.get("ms") for r in self.rows):
+            plot(self.rows, self.path.with_name(f"{self.op}.png"))
+        print(f"# rows in {self.path}", flush=True)
+
+
+_SHOWN = {"ms": "ms", "tflops": "TFLOP/s", "gbps": "GB/s", "percent": "% of ceiling", "tokens_per_s": "tokens/s"}
+_SHOWN |= {"mfu": "% mfu", "mfu_causal": "% mfu_causal", "peak_mib": "MiB", "error": "x torch's error"}
+
+
+def widened(x: Tensor) -> Tensor:
+    """A leaf of its own in fp32 (integers as they are)."""
+    return x.detach().float().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+
+def evaluate(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, train: bool) -> list[Tensor]:
+    """[output, gradient of each input that requires one]."""
+    if not train:
+        with torch.no_grad():
+            return [function(*inputs)]
+    y = function(*inputs)
+    # An op may overwrite what it returned or what it was given a gradient of: outputs are copied before backward.
+    kept = y.detach().clone()
+    return [kept, *torch.autograd.grad(y, [x for x in inputs if x.requires_grad], dy)]
+
+
+def error_of(got: Tensor, exact: Tensor) -> float:
+    """max |got - exact|; NaN stays NaN."""
+    return max((g.float() - e.float()).abs().max().item() for g, e in zip(got.split(1 << 24), exact.split(1 << 24)))
+
+
+def verdict(got: Sequence[Tensor], exact: Sequence[Tensor], allowed: Sequence[float], factor: float = 3.0) -> tuple[str, float]:
+    """("ok" or what is wrong, the largest ratio of an error to PyTorch's own at the same dtype)."""
+    worst = 0.0
+    for i, (g, e, a) in enumerate(zip(got, exact, allowed, strict=True)):
+        what = "output" if i == 0 else f"gradient {i}"
+        if g.shape != e.shape:
+            return f"wrong: {what} has shape {tuple(g.shape)}, not {tuple(e.shape)}", float("nan")
+        a = max(a, 2.0**-22 * e.float().abs().max().item())  # PyTorch may hit fp32 exactly, its rounding cannot be undercut
+        error = error_of(g, e)
+        worst = max(worst, error / a) if error == error else float("nan")
+        if not error <= factor * a:
+            return f"wrong: {what} is off by {error:.3g}, {factor:g} x {a:.3g} allowed", error / a
+    return "ok", worst
+
+
+def one_pass(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, pass_: str) -> Callable[[], object]:
+    """The call to time: `fwd` without autograd, `bwd` of a graph kept from one forward, or `both`."""
+    leaves = [x for x in inputs if x.requires_grad]
+    if pass_ == "fwd":
+
+        def call():
+            with torch.no_grad():
+                return function(*inputs)
+    elif pass_ == "bwd":
+        y = function(*inputs)
+
+        def call():
+            return torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    else:
+
+        def call():
+            return torch.autograd.grad(function(*inputs), leaves, dy)
+
+    return call
+
+
+def quantiles(times: list[float]) -> Stats:
+    times = sorted(times)
+    n = len(times)
+    return Stats(statistics.median(times), times[int(0.2 * (n - 1))], times[int(0.8 * (n - 1) + 0.5)], n)
+
+
+@functools.cache
+def _l2_eraser(device: str) -> Tensor:
+    return torch.empty(256 << 20, dtype=torch.int8, device=device)  # five times the 50 MB of an H100
+
+
+def interleaved(calls: dict[str, Callable[[], object]], device: str, budget_ms: float) -> dict[str, Stats]:
+    """Times each call in turn, round after round, until each has had about budget_ms (5 to 200 rounds)."""
+    if not calls:
+        return {}
+    gpu = device.startswith("cuda")
+    slowest = 0.0
+    for call in calls.values():
+        call()  # compiles, fills caches
+        start = time.perf_counter()
+        call()
+        if gpu:
+            torch.cuda.synchronize()
+        slowest = max(slowest, 1e3 * (time.perf_counter() - start))
+    rounds = int(min(200, max(5, budget_ms / slowest)))
+    if not gpu:
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                times[name].append(1e3 * (time.perf_counter() - start))
+        return {name: quantiles(t) for name, t in times.items()}
+    events: dict[str, list] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            _l2_eraser(device).zero_()
+            torch.cuda._sleep(500_000)  # ~0.3 ms
+            start.record()
+            call()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: quantiles([s.elapsed_time(e) for s, e in pairs]) for name, pairs in events.items()}
+
+
+@functools.cache
+def ceilings(device: str, dtype: torch.dtype) -> Work:
+    """Measured (FLOP/s of a square matmul, bytes/s of a copy, reads and writes counted)."""
+    gpu = device.startswith("cuda")
+    n = 8192 if gpu else 768
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    x = torch.empty((1 << 30) if gpu else (64 << 20), dtype=torch.int8, device=device)
+    y = torch.empty_like(x)
+    ms = {name: s.median for name, s in interleaved({"mm": lambda: a @ b, "copy": lambda: y.copy_(x)}, device, 100.0).items()}
+    return Work(flops=2 * n**3 / ms["mm"] * 1e3, bytes=2 * x.numel() / ms["copy"] * 1e3)
+
+
+def plot(rows: list[dict], path: Path, unit: str | None = None) -> None:
+    """Bars per case and provider: TFLOP/s, else GB/s, else tokens/s, else ms; one panel a pass."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in rows if r.get("ms") and r["status"] == "ok"]
+    unit = unit or next((u for u in ("tokens_per_s", "tflops", "gbps") if all(r.get(u) for r in rows)), "ms")
+    label = {"tokens_per_s": "tokens/s", "tflops": "TFLOP/s", "gbps": "GB/s", "ms": "ms"}[unit]
+    passes, cases, names = (list(dict.fromkeys(r[key] for r in rows)) for key in ("pass", "case", "provider"))
+    figure, axes = plt.subplots(len(passes), 1, figsize=(max(6, 1.6 * len(cases)), 3.2 * len(passes)), squeeze=False)
+    for axis, pass_ in zip(axes[:, 0], passes):
+        for i, name in enumerate(names):
+            value = {r["case"]: float(r[unit]) for r in rows if r["pass"] == pass_ and r["provider"] == name}
+            xs = [j + (i - len(names) / 2 + 0.5) * 0.8 / len(names) for j in range(len(cases))]
+            axis.bar(xs, [value.get(c, 0.0) for c in cases], 0.8 / len(names), label=name)
+        axis.set_xticks(range(len(cases)), cases, rotation=20, ha="right", fontsize=8)
+        axis.set_ylabel(label)
+        axis.set_title(f"{rows[0]['op']} {pass_}, {rows[0]['dtype']}, {rows[0]['device']}", fontsize=9)
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
