@@ -1,0 +1,376 @@
+"""LayerNorm, alone or after the residual addition that precedes it.
+
+    r = residual + dropout(x)        (x itself without a residual)
+    y = (r - mean) rstd w + b        mean, rstd over the C channels of a row
+
+    backward, with n = (r - mean) rstd and g = dy w:
+    dr = rstd (g - mean(g) - n mean(g n)) + dnew_residual;  dresidual = dr;  dx = dropout mask * dr
+    dw = sum over rows of dy n;  db = sum over rows of dy
+
+M rows (B*T), C channels. Saved for backward: r, mean and rstd (fp32). r is rounded to its dtype before the statistics are taken,
+so that forward and backward normalise the same numbers. Bytes per element, 16-bit: forward reads x, residual and writes y, r
+(8; 4 alone); backward reads dy, dr, r and writes dr (8; 6 alone). Parameters and statistics are small beside them.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import configs, dispatch
+from kernels.dropout import draw_seed, dropout_factor
+
+MAX_C = 8192
+
+
+def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps).to(x.dtype)
+
+
+def layer_norm_residual_ref(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    new_residual = residual + F.dropout(x, dropout_p)
+    return layer_norm_ref(new_residual, weight, bias, eps), new_residual
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,  # (M, C), row stride stride_xm
+    residual_ptr,  # (M, C) or None
+    weight_ptr,
+    bias_ptr,  # or None
+    seed_ptr,  # None without dropout
+    y_ptr,
+    r_ptr,  # None without a residual
+    mean_ptr,
+    rstd_ptr,
+    stride_xm,
+    M,
+    C,
+    eps,
+    dropout_p,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_m = rows < M
+    mask_c = offs_c < C
+    mask = mask_m[:, None] & mask_c[None, :]
+    rows_2d = rows.to(tl.int64)[:, None]
+    offs = rows_2d * C + offs_c[None, :]
+
+    x = tl.load(x_ptr + rows_2d * stride_xm + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        if seed_ptr is not None:
+            x *= dropout_factor(seed_ptr, rows[:, None], offs_c[None, :], dropout_p)
+        r = (x + tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)).to(r_ptr.dtype.element_ty)
+        tl.store(r_ptr + offs, r, mask=mask)
+        x = r.to(tl.float32)
+
+    mean = tl.sum(x, 1) / C
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
+    tl.store(mean_ptr + rows, mean, mask=mask_m)
+    tl.store(rstd_ptr + rows, rstd, mask=mask_m)
+
+    y = centred * rstd[:, None] * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr,  # (M, C)
+    dr_out_ptr,  # gradient of the new residual stream, or None
+    r_ptr,  # (M, C), row stride stride_rm
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    seed_ptr,  # None without dropout
+    dr_ptr,  # (M, C)
+    dx_ptr,  # (M, C) with dropout, else None: dx is dr
+    dw_ptr,  # (P, C) fp32, one row a program
+    db_ptr,  # (P, C) fp32 or None
+    stride_rm,
+    M,
+    C,
+    dropout_p,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    db = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for start in range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        mask_m = rows < M
+        mask = mask_m[:, None] & mask_c[None, :]
+        rows_2d = rows.to(tl.int64)[:, None]
+        offs = rows_2d * C + offs_c[None, :]
+        dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        r = tl.load(r_ptr + rows_2d * stride_rm + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
+
+        n = (r - mean[:, None]) * rstd[:, None]  # masked columns hold -mean rstd, but dy = 0 there
+        g = dy * weight[None, :]
+        dr = rstd[:, None] * (g - (tl.sum(g, 1) / C)[:, None] - n * (tl.sum(g * n, 1) / C)[:, None])
+        if dr_out_ptr is not None:
+            dr += tl.load(dr_out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dr_ptr + offs, dr.to(dr_ptr.dtype.element_ty), mask=mask)
+        if dx_ptr is not None:
+            dx = dr * dropout_factor(seed_ptr, rows[:, None], offs_c[None, :], dropout_p)
+            tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dw += dy * n
+        if db_ptr is not None:
+            db += dy
+
+    offs_p = pid.to(tl.int64) * C + offs_c
+    tl.store(dw_ptr + offs_p, tl.sum(dw, 0), mask=mask_c)
+    if db_ptr is not None:
+        tl.store(db_ptr + offs_p, tl.sum(db, 0), mask=mask_c)
+
+
+def _bucket(C: int) -> tuple[str, int]:
+    """Name in the config table and BLOCK_C."""
+    block = max(triton.next_power_of_2(C), 32)
+    return f"c{max(block, 256)}", block
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def fwd_candidates(arch: int) -> Iterator[dict]:
+    for rows in (1, 2, 4, 8):
+        for warps in (1, 2, 4, 8, 16):
+            yield {"BLOCK_M": rows, "num_warps": warps}
+
+
+def bwd_candidates(arch: int) -> Iterator[dict]:
+    for rows in (1, 2, 4):
+        for warps in (2, 4, 8, 16):
+            for programs in (1, 2, 4, 8):
+                yield {"BLOCK_M": rows, "num_warps": warps, "programs_per_sm": programs}
+
+
+def _forward(x, residual, weight, bias, seed, eps, dropout_p):
+    """y, r (None without a residual) and the statistics (2, M) of x (M, C)."""
+    M, C = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = torch.empty((M, C), dtype=x.dtype, device=x.device)
+    r = None if residual is None else torch.empty_like(y)
+    residual = None if residual is None else residual.contiguous()
+    statistics = torch.empty((2, M), dtype=torch.float32, device=x.device)
+    bucket, block = _bucket(C)
+
+    def launch(config):
+        grid = (triton.cdiv(M, config["BLOCK_M"]),)
+        args = (x, residual, weight, bias, seed, y, r, *statistics, x.stride(0), M, C, eps, dropout_p)
+        _layer_norm_fwd_kernel[grid](*args, BLOCK_C=block, **config)
+
+    with torch.cuda.device_of(x):
+        if M:
+            launch(configs.select("layer_norm_fwd", bucket, fwd_candidates, launch))
+    return y, r, statistics
+
+
+@torch.library.custom_op("nanogpt::layer_norm_fwd", mutates_args=())
+def _layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, statistics = _forward(x, None, weight, bias, None, eps, 0.0)
+    return y, statistics
+
+
+@torch.library.custom_op("nanogpt::layer_norm_residual_fwd", mutates_args=())
+def _layer_norm_residual_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, eps: float, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, residual, weight, bias, seed, eps, dropout_p)
+
+
+@torch.library.custom_op("nanogpt::layer_norm_bwd", mutates_args=())
+def _layer_norm_bwd(
+    dy: Tensor,
+    dr_out: Tensor | None,
+    r: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    seed: Tensor | None,
+    has_bias: bool,
+    dropout_p: float,
+) -> list[Tensor]:
+    """[dr (M, C), parameter gradients (1 or 2, C)], and dx (M, C) with dropout."""
+    M, C = r.shape
+    if r.stride(1) != 1:
+        r = r.contiguous()
+    dy, dr_out = dy.contiguous(), None if dr_out is None else dr_out.contiguous()
+    dr = torch.empty((M, C), dtype=r.dtype, device=r.device)
+    dx = None if seed is None else torch.empty_like(dr)
+    bucket, block = _bucket(C)
+    partials = None
+
+    def launch(config):
+        nonlocal partials
+        limit = config.pop("programs_per_sm") * _multiprocessors(r.device)
+        programs = max(min(limit, triton.cdiv(M, config["BLOCK_M"])), 1)
+        partials = torch.empty((1 + has_bias, programs, C), dtype=torch.float32, device=r.device)
+        dw, db = partials[0], partials[1] if has_bias else None
+        args = (dy, dr_out, r, weight, *statistics, seed, dr, dx, dw, db, r.stride(0), M, C, dropout_p)
+        _layer_norm_bwd_kernel[(programs,)](*args, BLOCK_C=block, **config)
+
+    with torch.cuda.device_of(r):
+        launch(configs.select("layer_norm_bwd", bucket, bwd_candidates, launch))
+    return [dr, partials.sum(1)] + ([] if dx is None else [dx])
+
+
+@_layer_norm_fwd.register_fake
+def _(x, weight, bias, eps):
+    return x.new_empty(x.shape), x.new_empty((2, x.shape[0]), dtype=torch.float32)
+
+
+@_layer_norm_residual_fwd.register_fake
+def _(x, residual, weight, bias, seed, eps, dropout_p):
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((2, x.shape[0]), dtype=torch.float32)
+
+
+@_layer_norm_bwd.register_fake
+def _(dy, dr_out, r, weight, statistics, seed, has_bias, dropout_p):
+    parameters = r.new_empty((1 + has_bias, r.shape[1]), dtype=torch.float32)
+    return [r.new_empty(r.shape), parameters] + ([] if seed is None else [r.new_empty(r.shape)])
+
+
+def _save(ctx, r, weight, bias, statistics, seed, dropout_p):
+    ctx.save_for_backward(r, weight, statistics, seed)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.dropout_p = dropout_p
+    ctx.set_materialize_grads(False)  # the last block's residual stream has no consumer, hence no gradient
+
+
+def _backward(ctx, dy, dr_out):
+    """dr, dx, dw, db."""
+    r, weight, statistics, seed = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(r)
+    dr, parameters, *rest = _layer_norm_bwd(dy, dr_out, r, weight, statistics, seed, ctx.bias_dtype is not None, ctx.dropout_p)
+    db = None if ctx.bias_dtype is None else parameters[1].to(ctx.bias_dtype)
+    return dr, rest[0] if rest else dr, parameters[0].to(weight.dtype), db
+
+
+def _layer_norm_setup(ctx, inputs, output):
+    x, weight, bias, _ = inputs
+    _save(ctx, x, weight, bias, output[1], None, 0.0)
+
+
+def _layer_norm_backward(ctx, dy, _):
+    dr, _, dw, db = _backward(ctx, dy, None)
+    return dr, dw, db, None
+
+
+def _layer_norm_residual_setup(ctx, inputs, output):
+    _, _, weight, bias, seed, _, dropout_p = inputs
+    _save(ctx, output[1], weight, bias, output[2], seed, dropout_p)
+
+
+def _layer_norm_residual_backward(ctx, dy, dr_out, _):
+    dr, dx, dw, db = _backward(ctx, dy, dr_out)
+    return dx, dr, dw, db, None, None, None
+
+
+_layer_norm_fwd.register_autograd(_layer_norm_backward, setup_context=_layer_norm_setup)
+_layer_norm_residual_fwd.register_autograd(_layer_norm_residual_backward, setup_context=_layer_norm_residual_setup)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    C = x.shape[-1]
+    if not 0 < C <= MAX_C:
+        raise ValueError(f"layer_norm: {C} channels, expected 1..{MAX_C}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != (C,):
+            raise ValueError(f"layer_norm: {name} of shape {tuple(parameter.shape)} for {C} channels")
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last dimension (Ba et al., arXiv:1607.06450), computed in fp32.
+
+    Args:
+        x: (..., C), C <= 8192; fp32, fp16 or bf16.
+        weight: (C,) fp32.
+        bias: (C,) fp32 or None.
+        eps: added to the variance.
+
+    Returns:
+        (..., C) in x's dtype. The gradients of weight and bias are fp32.
+
+    Raises:
+        ValueError: for shapes that do not fit together or more than 8192 channels.
+    """
+    _check(x, weight, bias)
+    if dispatch.choose("layer_norm", x.device.type) == "torch":
+        return layer_norm_ref(x, weight, bias, eps)
+    return _layer_norm_fwd(x.reshape(-1, x.shape[-1]), weight, bias, eps)[0].view(x.shape)
+
+
+def layer_norm_residual(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Adds a branch to the residual stream, with dropout on the branch, and normalises the sum.
+
+    Args:
+        x: (..., C) the branch, C <= 8192; fp32, fp16 or bf16.
+        residual: the stream, x's shape and dtype.
+        weight: (C,) fp32.
+        bias: (C,) fp32 or None.
+        eps: added to the variance.
+        dropout_p: probability of dropping an element of x; 0 in evaluation.
+
+    Returns:
+        (y, new_residual), both (..., C) in x's dtype: LayerNorm(new_residual) and residual + dropout(x).
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit together, more than 8192 channels, dropout_p outside [0, 1).
+    """
+    _check(x, weight, bias)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"layer_norm_residual: x is {tuple(x.shape)} {x.dtype}, the residual stream {tuple(residual.shape)} {residual.dtype}"
+        )
+    if dispatch.choose("layer_norm", x.device.type) == "torch":
+        return layer_norm_residual_ref(x, residual, weight, bias, eps, dropout_p)
+    flat = (-1, x.shape[-1])
+    seed = draw_seed(x.device, dropout_p)
+    y, r, _ = _layer_norm_residual_fwd(x.reshape(flat), residual.reshape(flat), weight, bias, seed, eps, dropout_p)
+    return y.view(x.shape), r.view(x.shape)
+
+
+def aot_cases(arch: int) -> Iterator[configs.AotCase]:
+    """GPT-2's widths in bf16 with a bias, forward and backward on the residual stream; one row alone and one with dropout."""
+    data = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr", "r_ptr", "dy_ptr", "dr_out_ptr", "dr_ptr", "dx_ptr"), "*bf16")
+    fp32 = dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "dw_ptr", "db_ptr"), "*fp32")
+    scalars = {"seed_ptr": "*i64", "stride_xm": "i32", "stride_rm": "i32", "M": "i32", "C": "i32", "eps": "fp32"}
+    types = data | fp32 | scalars | {"dropout_p": "fp32"}
+    aligned = tuple(name for name in types if name not in ("M", "eps", "dropout_p"))
+    plain = {"seed_ptr": None, "dx_ptr": None}
+    alone = {"residual_ptr": None, "r_ptr": None, "dr_out_ptr": None}
+    widths = [(C, "", plain) for C in (64, 256, 384, 768, 1024, 1280, 1600, 3072, 8192)]
+    for C, variant, absent in [*widths, (768, "/alone", plain | alone), (768, "/dropout", {})]:
+        bucket, block = _bucket(C)
+        for name, kernel in (("layer_norm_fwd", _layer_norm_fwd_kernel), ("layer_norm_bwd", _layer_norm_bwd_kernel)):
+            config = configs.lookup(name, bucket, arch)
+            config.pop("programs_per_sm", None)
+            options = {"num_warps": config.pop("num_warps")}
+            constants = {n: None for n in absent if n in kernel.arg_names} | config | {"BLOCK_C": block}
+            signature = {n: types[n] for n in kernel.arg_names if n not in constants}
+            names = tuple(n for n in aligned if n in signature)
+            yield configs.AotCase(f"{name}/C{C}{variant}", kernel, signature, constants, options, names)
