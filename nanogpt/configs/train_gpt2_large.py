@@ -1,0 +1,23 @@
+"""GPT-2 large (774M) on OpenWebText: as train_gpt2, with GPT-3's learning rate for this size."""
+
+n_layer = 36
+n_head = 20
+n_embd = 1280
+
+batch_size = 4
+block_size = 1024
+gradient_accumulation_steps = 120  # 4 * 1024 * 120 = 491,520 tokens
+
+learning_rate = 2.5e-4
+min_lr = learning_rate / 10
+max_iters = 600000
+lr_decay_iters = 600000
+
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+weight_decay = 1e-1
+
+out_dir = "out-gpt2-large"
+wandb_project = "owt"
+wandb_run_name = "gpt2-large"

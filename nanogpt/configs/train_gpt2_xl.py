@@ -1,0 +1,23 @@
+"""GPT-2 xl (1558M) on OpenWebText: as train_gpt2, with GPT-3's learning rate for this size."""
+
+n_layer = 48
+n_head = 25
+n_embd = 1600
+
+batch_size = 2
+block_size = 1024
+gradient_accumulation_steps = 240  # 2 * 1024 * 240 = 491,520 tokens
+
+learning_rate = 2e-4
+min_lr = learning_rate / 10
+max_iters = 600000
+lr_decay_iters = 600000
+
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+weight_decay = 1e-1
+
+out_dir = "out-gpt2-xl"
+wandb_project = "owt"
+wandb_run_name = "gpt2-xl"
