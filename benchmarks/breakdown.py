@@ -1,0 +1,65 @@
+"""Where a step's device time goes: the kernels of a torch.profiler trace, summed by component of the model.
+
+Each kernel is placed by its own name, by the operator that launched it, and by that operator's shapes, which tell the head's
+matmuls (one side is the vocabulary) from those of the blocks. What is left of the measured step is gaps.
+"""
+
+import gzip
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+# First match wins, on "kernel | operator", lower case. Attention comes first: its kernels are built on cutlass as well; fused
+# kernels of torch.compile carry the names of all they do, and go to the costliest.
+RULES = (
+    ("attention", r"flash|fmha|attention|attn|sdpa"),
+    ("optimizer", r"adam|multi_tensor|lpnorm|grad_norm|_foreach"),
+    ("GEMM", r"gemm|cutlass|nvjet|xmma|cublas|splitk|gemv|aten::(add)?mm\b|_linear_fwd|_linear_gelu|_mm_kernel|gelu_mlp_\w*mm"),
+    ("cross-entropy", r"cross_entropy|log_softmax|nll_loss|logits|_ce_|logsumexp"),
+    ("GELU", r"gelu"),
+    ("LayerNorm", r"layer_?norm|_ln_"),
+    ("embedding", r"embedding|index_put|gather"),
+)
+COMPONENTS = ("block GEMMs", "head GEMMs", "attention", "LayerNorm", "GELU", "cross-entropy", "embedding", "optimizer", "other")
+
+
+def component(kernel: str, operator: str, dims: Iterable, vocabulary: int) -> str:
+    """The component of one kernel; dims are the shapes of the operator's inputs."""
+    text = f"{kernel} | {operator}".lower()
+    name = next((name for name, pattern in RULES if re.search(pattern, text)), "other")
+    if name != "GEMM":
+        return name
+    return "head GEMMs" if any(n == vocabulary for shape in dims for n in shape if isinstance(n, int)) else "block GEMMs"
+
+
+def read_trace(path: Path, steps: int, vocabulary: int) -> tuple[dict[str, float], list[tuple[float, str, str]]]:
+    """Device ms a step by component, and of each kernel: (ms a step, component, name), costliest first."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
+    operators = {e["args"].get("External id"): e for e in events if e.get("cat") == "cpu_op"}
+    total: Counter[str] = Counter()
+    kernels: Counter[tuple[str, str]] = Counter()
+    for event in events:
+        if event.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
+            continue
+        operator = operators.get(event["args"].get("External id"), {"name": "", "args": {}})
+        dims = [d for d in operator["args"].get("Input Dims", []) if isinstance(d, list)]
+        where = component(event["name"], operator["name"], dims, vocabulary)
+        total[where] += event["dur"] / 1e3 / steps
+        kernels[where, event["name"]] += event["dur"] / 1e3 / steps
+    return {c: total[c] for c in COMPONENTS}, [(ms, where, name) for (where, name), ms in kernels.most_common()]
+
+
+def profile(step: Callable[[], object], steps: int, path: Path) -> Path:
+    """Runs the step a few times under the profiler and writes a Chrome trace."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as trace:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    trace.export_chrome_trace(str(path))
+    return path
