@@ -6,7 +6,6 @@ fields: tyro and argparse each fail one of ``--compile=False``, ``--compile fals
 
 import ast
 import difflib
-import math
 import os
 import re
 import sys
@@ -41,6 +40,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False
     gelu: str = "erf"
+    real_vocab_size: int = 0  # ids from here on are padding, never predicted; 0: there are none
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -48,6 +48,8 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}")
+        if not 0 <= self.real_vocab_size <= self.vocab_size:
+            raise ValueError(f"real_vocab_size={self.real_vocab_size}: must be 0 to vocab_size={self.vocab_size}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.gelu not in ("erf", "tanh"):
@@ -108,15 +110,14 @@ class TrainConfig:
         "",
         ("auto", "float32", "bfloat16", "float16"),
     )
-    compile: bool = key(
-        False, "torch.compile the model; off, unlike nanoGPT: the kernels are fused already, and it takes minutes"
-    )
+    compile: bool = key(False, "torch.compile the model; off, unlike nanoGPT: the kernels are fused already")
     kernels: str = key("auto", "backend of every op that has it", "", ("auto", "triton", "cuda", "cpp", "torch"))
     seed: int = key(1337, "of weights, dropout and data order")
     deterministic: bool = key(False, "bitwise repeatable on a GPU too, at some speed")
     peak_flops: float = key(0.0, "peak FLOP/s of one device in this dtype, for MFU (0: from the table of known GPUs)")
 
     def model(self, vocab_size: int) -> GPTConfig:
+        """The shape of the network that these keys describe."""
         return GPTConfig(
             self.block_size, vocab_size, self.n_layer, self.n_head, self.n_embd, self.dropout, self.bias, self.gelu
         )
@@ -127,53 +128,37 @@ class TrainConfig:
         Raises:
             ValueError: naming the key, its value and what would do.
         """
+
+        def require(name: str, holds: object, message: str) -> None:
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)}: {message}")
+
         self.model(1)
         for name in ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size", "max_iters"):
-            _require(self, name, getattr(self, name) >= 1, "must be at least 1")
-        for name in (
-            "resume",
-            "checkpoint_minutes",
-            "weight_decay",
-            "grad_clip",
-            "min_lr",
-            "seed",
-            "warmup_iters",
-            "peak_flops",
-        ):
-            _require(self, name, getattr(self, name) >= 0, "must not be negative")
+            require(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("resume", "checkpoint_minutes", "weight_decay", "grad_clip", "warmup_iters", "min_lr", "peak_flops"):
+            require(name, getattr(self, name) >= 0, "must not be negative")
+        require("seed", 0 <= self.seed < 2**31, "must be at least 0 and below 2**31")
         for name in ("beta1", "beta2"):
-            _require(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
-        _require(self, "learning_rate", self.learning_rate > 0, "must be positive")
-        _require(self, "keep_checkpoints", self.keep_checkpoints >= 2, "must be at least 2: one alone may prove unreadable")
-        _require(
-            self, "device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device), "expected auto, cpu, cuda, cuda:N or mps"
-        )
-        if self.init_from.startswith("gpt2"):
-            raise ValueError(
-                f"init_from={self.init_from}: this release trains from scratch or resumes; GPT-2's weights are not read"
-            )
-        _require(self, "init_from", self.init_from in ("scratch", "resume"), "expected scratch or resume")
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        _require(
-            self,
+            require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+        require("learning_rate", self.learning_rate > 0, "must be positive")
+        require("keep_checkpoints", self.keep_checkpoints >= 2, "must be at least 2: one alone may prove unreadable")
+        device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
+        require("device", device, "expected auto, cpu, cuda, cuda:N or mps")
+        gpt2 = self.init_from.startswith("gpt2")
+        require("init_from", not gpt2, "this release trains from scratch or resumes; it does not read GPT-2's weights")
+        require("init_from", self.init_from in ("scratch", "resume"), "expected scratch or resume")
+        n = int(os.environ.get("WORLD_SIZE", "1"))
+        require(
             "gradient_accumulation_steps",
-            self.gradient_accumulation_steps % world_size == 0,
-            f"must be a multiple of the {world_size} processes, over which it is divided",
+            self.gradient_accumulation_steps % n == 0,
+            f"must be a multiple of the number of processes, {n}, which share it",
         )
         if self.decay_lr:
-            limit = min((self.max_iters, "max_iters"), (self.lr_decay_iters, "lr_decay_iters"))
-            _require(
-                self,
-                "warmup_iters",
-                self.warmup_iters <= limit[0],
-                f"more than {limit[1]}={limit[0]}, so learning_rate would never be reached; set --warmup_iters too",
-            )
-            _require(self, "min_lr", self.min_lr <= self.learning_rate, f"more than learning_rate={self.learning_rate}")
-
-
-def _require(config: Any, name: str, holds: object, message: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={getattr(config, name)}: {message}")
+            limit, name = min((self.max_iters, "max_iters"), (self.lr_decay_iters, "lr_decay_iters"))
+            message = f"is more than {name}={limit}, so learning_rate is never reached; set --warmup_iters too"
+            require("warmup_iters", self.warmup_iters <= limit, message)
+            require("min_lr", self.min_lr <= self.learning_rate, f"is more than learning_rate={self.learning_rate}")
 
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, presets: Path | None = PRESETS, prog: str = "") -> T:
@@ -260,9 +245,9 @@ def _from_text(f: Any, text: str) -> Any:
 
 def _checked(f: Any, value: Any) -> Any:
     """The value in the field's type, if nothing is lost by it."""
+    if type(value) in (int, float) and not abs(value) < 2.0**63:  # infinite and NaN as well
+        raise ValueError(f"{f.name}={value}: expected a number below 2**63")
     if f.type is float and type(value) in (int, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{f.name}={value}: expected a finite number")
         return float(value)
     if f.type is int and type(value) is float and value.is_integer():
         return int(value)  # --max_iters=1e4
@@ -294,8 +279,8 @@ def _locate(name: str, presets: Path | None) -> Path:
 def read_file(cls: type, path: Path) -> dict[str, Any]:
     """The assignments of a config file, which is parsed and never run.
 
-    Understood: comments, strings and numbers, earlier names and the defaults, ``+ - * / // % **``, str() int() float() round()
-    min() max() and time.time(). An ``import`` does nothing. A name that starts with ``_`` is the file's own; any other must be
+    Understood: comments, strings and numbers, earlier names and the defaults, ``+ - * / // % **``, str() int() float() min()
+    max() and time.time(). An ``import`` does nothing. A name that starts with ``_`` is the file's own; any other must be
     a key.
 
     Raises:
@@ -325,9 +310,9 @@ def read_file(cls: type, path: Path) -> dict[str, Any]:
                 names[target.id] = value
     except SyntaxError as error:
         raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
-    except RecursionError:
+    except (RecursionError, MemoryError):  # the parser's own limits
         raise ValueError(f"{path}:{line}: nested too deeply") from None
-    except (ValueError, ZeroDivisionError, TypeError) as error:
+    except (ValueError, ArithmeticError, TypeError) as error:
         raise ValueError(f"{path}:{line}: {error}") from None
     return values
 
@@ -341,13 +326,15 @@ OPERATORS = {
     ast.Mod: lambda a, b: a % b,
     ast.Pow: lambda a, b: a**b,
 }
-FUNCTIONS = {"str": str, "int": int, "float": float, "round": round, "min": min, "max": max}
+FUNCTIONS = {"str": str, "int": int, "float": float, "min": min, "max": max}
 
 
 def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
     match node:
-        case ast.Constant(bool() | int() | float() | str() as value):
+        case ast.Constant(bool() | str() as value):
             return value
+        case ast.Constant(int() | float() as value):
+            return _number(value, node)
         case ast.Name(name) if name in names:
             return names[name]
         case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, operand):
@@ -364,9 +351,7 @@ def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
             return FUNCTIONS[name](*[_evaluate(argument, names) for argument in arguments])
         case ast.Call(ast.Attribute(ast.Name("time"), "time"), [], []):
             return time.time()
-    raise ValueError(
-        f"{ast.unparse(node)}: neither a literal nor arithmetic over earlier names; config files are read, not run"
-    )
+    raise ValueError(f"{ast.unparse(node)}: neither a literal nor arithmetic on earlier names; config files are not run")
 
 
 def _number(value: Any, node: ast.expr) -> int | float:

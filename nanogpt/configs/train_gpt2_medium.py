@@ -4,9 +4,9 @@ n_layer = 24
 n_head = 16
 n_embd = 1024
 
-batch_size = 8
+batch_size = 6
 block_size = 1024
-gradient_accumulation_steps = 60  # 8 * 1024 * 60 = 491,520 tokens
+gradient_accumulation_steps = 80  # 6 * 1024 * 80 = 491,520 tokens
 
 learning_rate = 3e-4
 min_lr = learning_rate / 10
