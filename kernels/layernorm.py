@@ -7,8 +7,8 @@
     dr = rstd (g - mean(g) - n mean(g n)) + dnew_residual;  dresidual = dr;  dx = dropout mask * dr
     dw = sum over rows of dy n;  db = sum over rows of dy
 
-M rows (B*T), C channels. Saved for backward: r, mean and rstd (fp32). r is rounded to its dtype before the statistics are taken,
-so that forward and backward normalise the same numbers. Bytes per element, 16-bit: forward reads x, residual and writes y, r
+M rows (B*T), C channels. Saved for backward: r, mean and rstd (fp32). r is rounded to its dtype before the statistics,
+so that forward and backward see the same numbers. Bytes per element, 16-bit: forward reads x, residual and writes y, r
 (8; 4 alone); backward reads dy, dr, r and writes dr (8; 6 alone). Parameters and statistics are small beside them.
 """
 
@@ -46,7 +46,7 @@ def _layer_norm_fwd_kernel(
     bias_ptr,  # or None
     seed_ptr,  # None without dropout
     y_ptr,
-    r_ptr,  # None without a residual
+    r_out_ptr,  # (M, C), None without a residual
     mean_ptr,
     rstd_ptr,
     stride_xm,
@@ -69,8 +69,8 @@ def _layer_norm_fwd_kernel(
     if residual_ptr is not None:
         if seed_ptr is not None:
             x *= dropout_factor(seed_ptr, rows[:, None], offs_c[None, :], dropout_p)
-        r = (x + tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)).to(r_ptr.dtype.element_ty)
-        tl.store(r_ptr + offs, r, mask=mask)
+        r = (x + tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)).to(r_out_ptr.dtype.element_ty)
+        tl.store(r_out_ptr + offs, r, mask=mask)
         x = r.to(tl.float32)
 
     mean = tl.sum(x, 1) / C
@@ -343,9 +343,8 @@ def layer_norm_residual(
     """
     _check(x, weight, bias)
     if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"layer_norm_residual: x is {tuple(x.shape)} {x.dtype}, the residual stream {tuple(residual.shape)} {residual.dtype}"
-        )
+        stream = f"{tuple(residual.shape)} {residual.dtype}"
+        raise ValueError(f"layer_norm_residual: x is {tuple(x.shape)} {x.dtype}, the residual stream {stream}")
     if dispatch.choose("layer_norm", x.device.type) == "torch":
         return layer_norm_residual_ref(x, residual, weight, bias, eps, dropout_p)
     flat = (-1, x.shape[-1])
@@ -356,13 +355,15 @@ def layer_norm_residual(
 
 def aot_cases(arch: int) -> Iterator[configs.AotCase]:
     """GPT-2's widths in bf16 with a bias, forward and backward on the residual stream; one row alone and one with dropout."""
-    data = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr", "r_ptr", "dy_ptr", "dr_out_ptr", "dr_ptr", "dx_ptr"), "*bf16")
+    data = dict.fromkeys(
+        ("x_ptr", "residual_ptr", "y_ptr", "r_out_ptr", "r_ptr", "dy_ptr", "dr_out_ptr", "dr_ptr", "dx_ptr"), "*bf16"
+    )
     fp32 = dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "dw_ptr", "db_ptr"), "*fp32")
     scalars = {"seed_ptr": "*i64", "stride_xm": "i32", "stride_rm": "i32", "M": "i32", "C": "i32", "eps": "fp32"}
     types = data | fp32 | scalars | {"dropout_p": "fp32"}
     aligned = tuple(name for name in types if name not in ("M", "eps", "dropout_p"))
     plain = {"seed_ptr": None, "dx_ptr": None}
-    alone = {"residual_ptr": None, "r_ptr": None, "dr_out_ptr": None}
+    alone = {"residual_ptr": None, "r_out_ptr": None, "dr_out_ptr": None}
     widths = [(C, "", plain) for C in (64, 256, 384, 768, 1024, 1280, 1600, 3072, 8192)]
     for C, variant, absent in [*widths, (768, "/alone", plain | alone), (768, "/dropout", {})]:
         bucket, block = _bucket(C)
