@@ -1,0 +1,140 @@
+"""Learning-rate schedule, AdamW on the fused kernel, and the dynamic loss scale of fp16: nothing here waits for the device."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from kernels.optimizer import adamw_step, grad_norm
+from nanogpt.config import TrainConfig
+
+
+def learning_rate(it: int, config: TrainConfig) -> float:
+    """The rate of update ``it`` (from 0): linear warmup, then a cosine down to min_lr at lr_decay_iters, then min_lr."""
+    if not config.decay_lr:
+        return config.learning_rate
+    if it < config.warmup_iters:
+        return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
+    if it >= config.lr_decay_iters:
+        return config.min_lr
+    progress = (it - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+class LossScale:
+    """The factor that keeps fp16 gradients from underflowing: halved after an overflow, doubled after ``interval`` good steps.
+
+    ``value`` and ``good_steps`` are fp32 device scalars, so neither the check nor the change waits for the host.
+    """
+
+    def __init__(self, device: torch.device, initial: float = 2.0**16, interval: int = 2000):
+        self.interval = interval
+        self.value = torch.tensor(initial, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def update(self, norm: Tensor) -> None:
+        """After a step, given the norm of its scaled gradients."""
+        finite = norm.isfinite()
+        good = torch.where(finite, self.good_steps + 1, 0.0)
+        grow = good >= self.interval
+        factor = torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
+        self.value.copy_((self.value * factor).clamp(1.0, 2.0**24))
+        self.good_steps.copy_(torch.where(grow, 0.0, good))
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW whose step clips, unscales, skips a non-finite update and zeroes the gradients, all in one pass on the device.
+
+    Its state goes by the names of ``torch.optim.AdamW`` (exp_avg, exp_avg_sq, step), and each loads the other's.
+
+    Args:
+        groups: (decayed parameters, the others), as ``GPT.decay_groups()`` gives them; fp32, on one device.
+        lr: initial learning rate; later ones through :meth:`set_lr`.
+        betas, eps, weight_decay: as in ``torch.optim.AdamW``; the second group does not decay.
+    """
+
+    def __init__(
+        self,
+        groups: tuple[Iterable[Tensor], Iterable[Tensor]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ):
+        decayed, rest = (list(group) for group in groups)
+        device = (decayed + rest)[0].device
+        self.lr = torch.tensor(lr, dtype=torch.float32, device=device)
+        self.completed = torch.zeros((), device=device)  # updates, the skipped ones not counted
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        super().__init__([g for g in groups if g["params"]], {"lr": self.lr, "betas": betas, "eps": eps})
+        for p in self.parameters():
+            self.state[p] = {"step": self.completed, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def set_lr(self, lr: float) -> None:
+        self.lr.fill_(lr)
+
+    @torch.no_grad()
+    def step(self, max_norm: float = 0.0, loss_scale: LossScale | None = None) -> Tensor:
+        """One update from the gradients, which are zero afterwards.
+
+        Args:
+            max_norm: gradients are scaled down to this norm; 0: never.
+            loss_scale: what the loss was multiplied by; it is updated.
+
+        Returns:
+            The norm of the unscaled gradients before clipping, an fp32 device scalar. If it is not finite, nothing was updated.
+        """
+        params = self.parameters()
+        grads = [p.grad for p in params]
+        norm = grad_norm(grads)
+        adamw_step(
+            params,
+            grads,
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            lr=self.lr,
+            step=self.completed,
+            beta1=self.param_groups[0]["betas"][0],
+            beta2=self.param_groups[0]["betas"][1],
+            eps=self.param_groups[0]["eps"],
+            weight_decays=[group["weight_decay"] for group in self.param_groups for _ in group["params"]],
+            norm=norm,
+            max_norm=max_norm,
+            grad_scale=None if loss_scale is None else loss_scale.value,
+            zero_grad=True,
+        )
+        if loss_scale is None:
+            return norm
+        unscaled = norm / loss_scale.value
+        loss_scale.update(norm)
+        return unscaled
+
+    def state_dict(self) -> dict:
+        """As ``torch.optim.AdamW``'s: the learning rate is a float, each parameter has its own step. Waits for the device."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group["lr"] = self.lr.item()
+        state["state"] = {i: s | {"step": self.completed.detach().clone()} for i, s in state["state"].items()}
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """From ours or from ``torch.optim.AdamW``'s.
+
+        Raises:
+            ValueError: for other parameters, or parameters with unequal numbers of steps.
+        """
+        steps = {float(s["step"]) for s in state_dict["state"].values()}
+        if len(steps) != 1:
+            raise ValueError(f"optimizer state: expected one number of steps for all parameters, got {sorted(steps)}")
+        super().load_state_dict(state_dict)
+        self.completed.fill_(steps.pop())
+        self.lr.fill_(float(self.param_groups[0]["lr"]))
+        for group in self.param_groups:
+            group["lr"] = self.lr
+        for p in self.parameters():
+            self.state[p]["step"] = self.completed
