@@ -1,0 +1,340 @@
+"""Cross-entropy over a vocabulary, and the language-model head's GEMM with it.
+
+    lse = log sum_{v < vocab_size} exp(logits_v);  loss = mean of lse - logits_target over the rows that have a target
+    dlogits = (softmax(logits) - onehot(target)) / n_valid;  dx = dlogits W;  dW = dlogits^T x
+
+M rows (B*T), C channels, V columns (the padded vocabulary; columns from vocab_size on count for nothing, gradient 0).
+
+`linear_cross_entropy` never holds more than one chunk of logits: per chunk a GEMM, the row kernel, which overwrites the logits
+with their gradient, and the two gradient GEMMs. So the forward computes loss and gradients together, and the backward only
+multiplies dx and dW (fp32) by dloss / n_valid; before that dlogits is O(1), where fp16 does not underflow.
+
+Row kernel: one program a row, two passes. Per logit one read from device memory, one from cache (a row of 50,304 is 100 KB,
+the second pass starts with what the first read last), one write; two exponentials.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import configs, dispatch
+from kernels.linear import shadow
+
+CHUNK_ROWS = 8192  # 0.8 GB of 16-bit logits at V = 50,304
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+SCALE_BLOCK = 2048
+
+
+def cross_entropy_ref(logits: Tensor, targets: Tensor, ignore_index: int = -1, vocab_size: int | None = None) -> Tensor:
+    logits = logits[..., :vocab_size].flatten(0, -2).float()
+    targets = targets.flatten()
+    total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    return total / (targets != ignore_index).sum().clamp(min=1)
+
+
+def linear_cross_entropy_ref(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, vocab_size: int | None = None
+) -> Tensor:
+    return cross_entropy_ref(F.linear(x, weight.to(x.dtype)), targets, ignore_index, vocab_size)
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr,  # (M, V), row stride stride_m; overwritten by the gradient of the sum of losses
+    targets_ptr,  # (M,)
+    losses_ptr,  # (M,) fp32
+    stride_m,
+    V,
+    vocab_size,
+    ignore_index,
+    WRITE_GRAD: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0)
+    logits_ptr += row.to(tl.int64) * stride_m
+    target = tl.load(targets_ptr + row)
+    offs_v = tl.arange(0, BLOCK_V)
+    n_blocks = tl.cdiv(V, BLOCK_V)
+    if target == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        if WRITE_GRAD:
+            for i in range(n_blocks):
+                cols = i * BLOCK_V + offs_v
+                tl.store(logits_ptr + cols, tl.zeros((BLOCK_V,), logits_ptr.dtype.element_ty), mask=cols < V)
+    else:
+        # Each lane keeps its own running maximum and sum, so there is no barrier in the loop. Of the two exponentials of an
+        # online softmax one is always exp(0). The finite start keeps inf - inf out for masked columns.
+        m = tl.full((BLOCK_V,), -1e30, tl.float32)
+        s = tl.zeros((BLOCK_V,), tl.float32)
+        for i in range(n_blocks):
+            cols = i * BLOCK_V + offs_v
+            x = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32) * LOG2E
+            above = x - m
+            e = tl.exp2(-tl.abs(above))
+            s = tl.where(above > 0, s * e + 1.0, s + e)
+            m = tl.maximum(m, x)
+        row_max = tl.max(m, 0)
+        lse = row_max + tl.log2(tl.sum(s * tl.exp2(m - row_max), 0))  # base 2
+
+        # A target outside the vocabulary makes the loss NaN instead of reading another row.
+        inside = (target >= 0) & (target < vocab_size)
+        x_target = tl.load(logits_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
+        tl.store(losses_ptr + row, lse * LN2 - x_target)
+        if WRITE_GRAD:
+            tl.debug_barrier()  # every warp has read the target's logit
+            for i in range(n_blocks):
+                cols = (n_blocks - 1 - i) * BLOCK_V + offs_v
+                x = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32) * LOG2E
+                dx = tl.exp2(x - lse) - tl.where(cols == target, 1.0, 0.0)
+                tl.store(logits_ptr + cols, dx.to(logits_ptr.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def _scale_kernel(src_ptr, dst_ptr, dloss_ptr, n_valid_ptr, n, BLOCK: tl.constexpr):
+    """dst = src * dloss / n_valid; 0 where no row had a target."""
+    n_valid = tl.load(n_valid_ptr).to(tl.float32)
+    scale = tl.where(n_valid > 0, tl.load(dloss_ptr).to(tl.float32) / n_valid, 0.0)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    src = tl.load(src_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+    tl.store(dst_ptr + offs, (src * scale).to(dst_ptr.dtype.element_ty), mask=offs < n)
+
+
+def _bucket(V: int) -> str:
+    return "small" if V <= 4096 else "large"
+
+
+def candidates(arch: int) -> Iterator[dict]:
+    for block in (1024, 2048, 4096, 8192, 16384):
+        for warps in (4, 8, 16, 32):
+            if 4 <= block // (32 * warps) <= 32:
+                yield {"BLOCK_V": block, "num_warps": warps}
+
+
+def _rows(logits: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, vocab_size: int, write_grad: bool) -> None:
+    """The row kernel on logits (M, V): fills losses (M,) and, if asked, overwrites logits."""
+    M, V = logits.shape
+    assert logits.stride(1) == 1
+    assert losses.is_contiguous()
+
+    def launch(config):
+        config["BLOCK_V"] = min(config["BLOCK_V"], triton.next_power_of_2(V))
+        args = (logits, targets, losses, logits.stride(0), V, vocab_size, ignore_index)
+        _cross_entropy_kernel[(M,)](*args, WRITE_GRAD=write_grad, **config)
+
+    with torch.cuda.device_of(logits):
+        launch(configs.select("cross_entropy", _bucket(V), candidates, launch))
+
+
+def _scale(src: Tensor, dst: Tensor, dloss: Tensor, n_valid: Tensor) -> None:
+    with torch.cuda.device_of(src):
+        grid = (triton.cdiv(src.numel(), SCALE_BLOCK),)
+        _scale_kernel[grid](src, dst, dloss, n_valid, src.numel(), BLOCK=SCALE_BLOCK, num_warps=4)
+
+
+def _add_mm(dw: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """dw = beta dw + a b in fp32; what was in dw does not matter where beta is 0."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(dw, a, b, out_dtype=torch.float32, beta=beta, out=dw)
+    else:
+        torch.addmm(dw, a.float(), b.float(), beta=beta, out=dw)
+
+
+@torch.library.custom_op("nanogpt::linear_cross_entropy_fwd", mutates_args=())
+def _linear_cross_entropy_fwd(
+    x: Tensor,
+    weight: Tensor,  # the parameter, for autograd alone
+    shadow: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    chunk_rows: int,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, n_valid, dx (M, C) and dw (V, C) of the sum of losses; gradients that are not needed are empty."""
+    M, C = x.shape
+    V = shadow.shape[0]
+    x, targets = x.contiguous(), targets.contiguous()
+    losses = torch.empty(M, dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dw = torch.empty((V, C) if need_dw else 0, dtype=torch.float32, device=x.device)
+    # Rows start on 128 bytes whatever V is: cuBLAS and the row kernel then use 16-byte accesses at V = 50,257 too.
+    buffer = x.new_empty(min(M, chunk_rows), triton.cdiv(V, 64) * 64)
+    for start in range(0, M, chunk_rows):
+        rows = slice(start, min(start + chunk_rows, M))
+        logits = buffer[: rows.stop - start, :V]
+        torch.mm(x[rows], shadow.t(), out=logits)
+        _rows(logits, targets[rows], losses[rows], ignore_index, vocab_size, need_dx or need_dw)
+        if need_dx:
+            torch.mm(logits, shadow, out=dx[rows])
+        if need_dw:
+            _add_mm(dw, logits.t(), x[rows], beta=int(start > 0))
+    n_valid = (targets != ignore_index).sum()
+    return losses.sum() / n_valid.clamp(min=1), n_valid, dx, dw
+
+
+@_linear_cross_entropy_fwd.register_fake
+def _(x, weight, shadow, targets, ignore_index, vocab_size, chunk_rows, need_dx, need_dw):
+    loss, n_valid = x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.int64)
+    dx = x.new_empty(x.shape if need_dx else 0)
+    return loss, n_valid, dx, x.new_empty(shadow.shape if need_dw else 0, dtype=torch.float32)
+
+
+@torch.library.custom_op("nanogpt::linear_cross_entropy_bwd", mutates_args=())
+def _linear_cross_entropy_bwd(dloss: Tensor, n_valid: Tensor, gradient: Tensor) -> Tensor:
+    out = torch.empty_like(gradient)
+    _scale(gradient, out, dloss, n_valid)
+    return out
+
+
+@_linear_cross_entropy_bwd.register_fake
+def _(dloss, n_valid, gradient):
+    return torch.empty_like(gradient)
+
+
+def _setup(ctx, inputs, output):
+    _, weight, *_, need_dx, need_dw = inputs
+    _, n_valid, dx, dw = output
+    ctx.save_for_backward(n_valid, dx, dw)
+    ctx.needs = need_dx, need_dw
+    ctx.weight_dtype = weight.dtype
+    ctx.set_materialize_grads(False)  # dx and dw are outputs to autograd: no zeros for their gradients
+
+
+def _backward(ctx, dloss, *_):
+    n_valid, dx, dw = ctx.saved_tensors
+    need_dx, need_dw = ctx.needs
+    dx = _linear_cross_entropy_bwd(dloss, n_valid, dx) if need_dx else None
+    dw = _linear_cross_entropy_bwd(dloss, n_valid, dw).to(ctx.weight_dtype) if need_dw else None
+    return dx, dw, *(None,) * 7
+
+
+_linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("nanogpt::cross_entropy_fwd_", mutates_args=("logits",))
+def _cross_entropy_fwd(logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int, write_grad: bool) -> Tensor:
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    _rows(logits, targets.contiguous(), losses, ignore_index, vocab_size, write_grad)
+    return losses
+
+
+@_cross_entropy_fwd.register_fake
+def _(logits, targets, ignore_index, vocab_size, write_grad):
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("nanogpt::cross_entropy_bwd_", mutates_args=("dlogits",))
+def _cross_entropy_bwd(dloss: Tensor, n_valid: Tensor, dlogits: Tensor) -> None:
+    _scale(dlogits, dlogits, dloss, n_valid)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """In place, which `register_autograd` does not take. A second backward fails on the version counter."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index, vocab_size):
+        n_valid = (targets != ignore_index).sum()
+        losses = _cross_entropy_fwd(logits, targets, ignore_index, vocab_size, ctx.needs_input_grad[0])
+        ctx.save_for_backward(logits, n_valid)
+        return losses.sum() / n_valid.clamp(min=1)
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dlogits, n_valid = ctx.saved_tensors
+        _cross_entropy_bwd(dloss, n_valid, dlogits)
+        return dlogits, None, None, None
+
+
+def _check(op: str, rows: torch.Size, targets: Tensor, V: int, vocab_size: int | None) -> int:
+    """vocab_size with its default."""
+    if targets.shape != rows:
+        raise ValueError(f"{op}: targets of shape {tuple(targets.shape)} for rows of shape {tuple(rows)}")
+    if targets.numel() == 0:
+        raise ValueError(f"{op}: no rows")
+    if vocab_size is not None and not 0 < vocab_size <= V:
+        raise ValueError(f"{op}: vocab_size={vocab_size}, expected 1..{V}")
+    return V if vocab_size is None else vocab_size
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1, vocab_size: int | None = None) -> Tensor:
+    """Mean cross-entropy of logits, which their gradient overwrites where one is needed (the reference leaves them alone).
+
+    Args:
+        logits: (..., V), fp32, fp16 or bf16.
+        targets: (...) int64 in 0..vocab_size - 1, or ignore_index. Any other value makes the loss NaN.
+        ignore_index: the target of rows that count for nothing.
+        vocab_size: columns from here on are padding; default V.
+
+    Returns:
+        fp32 scalar, 0 where all targets are ignored.
+
+    Raises:
+        ValueError: for shapes that do not fit together, no rows, or a vocab_size above V.
+    """
+    V = logits.shape[-1]
+    vocab_size = _check("cross_entropy", logits.shape[:-1], targets, V, vocab_size)
+    if dispatch.choose("cross_entropy", logits.device.type) == "torch":
+        return cross_entropy_ref(logits, targets, ignore_index, vocab_size)
+    return _CrossEntropy.apply(logits.contiguous().view(-1, V), targets.reshape(-1), ignore_index, vocab_size)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    vocab_size: int | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Mean cross-entropy of x W^T, chunk by chunk of rows, so that the logits never exist as a whole.
+
+    Args:
+        x: (..., C), fp32, fp16 or bf16.
+        weight: (V, C) parameter, fp32.
+        targets: (...) int64 in 0..vocab_size - 1, or ignore_index. Any other value makes the loss NaN.
+        ignore_index: the target of rows that count for nothing.
+        vocab_size: rows of weight from here on are padding: outside the softmax, gradient 0; default V.
+        chunk_rows: rows of logits alive at a time; default 8192.
+
+    Returns:
+        fp32 scalar, 0 where all targets are ignored. The gradient of weight is fp32, accumulated over chunks in fp32.
+
+    Raises:
+        ValueError: for shapes that do not fit together, no rows, a vocab_size above V, or chunk_rows below 1.
+    """
+    V, C = weight.shape
+    if x.shape[-1] != C:
+        raise ValueError(f"linear_cross_entropy: x has {x.shape[-1]} channels, weight {C}")
+    vocab_size = _check("linear_cross_entropy", x.shape[:-1], targets, V, vocab_size)
+    chunk_rows = CHUNK_ROWS if chunk_rows is None else chunk_rows
+    if chunk_rows < 1:
+        raise ValueError(f"linear_cross_entropy: chunk_rows={chunk_rows}, expected 1 or more")
+    if dispatch.choose("cross_entropy", x.device.type) == "torch":
+        return linear_cross_entropy_ref(x, weight, targets, ignore_index, vocab_size)
+    need_dx = torch.is_grad_enabled() and x.requires_grad
+    need_dw = torch.is_grad_enabled() and weight.requires_grad
+    args = (ignore_index, vocab_size, chunk_rows, need_dx, need_dw)
+    return _linear_cross_entropy_fwd(x.reshape(-1, C), weight, shadow(weight, x.dtype), targets.reshape(-1), *args)[0]
+
+
+def aot_cases(arch: int) -> Iterator[configs.AotCase]:
+    """The row kernel at V = 50,304 with and without gradient and at a character vocabulary; the scaling of dx and dW."""
+    types = {"logits_ptr": "*bf16", "targets_ptr": "*i64", "losses_ptr": "*fp32", "stride_m": "i32"}
+    types |= {"V": "i32", "vocab_size": "i32", "ignore_index": "i32"}
+    for V, write_grad in ((50304, True), (50304, False), (65, True)):
+        config = configs.lookup("cross_entropy", _bucket(V), arch)
+        options = {"num_warps": config.pop("num_warps")}
+        constants = {"WRITE_GRAD": write_grad, "BLOCK_V": min(config["BLOCK_V"], triton.next_power_of_2(V))}
+        aligned = ("logits_ptr", "targets_ptr", "losses_ptr", "stride_m", *(("V",) if V % 16 == 0 else ()))
+        name = f"cross_entropy/V{V}{'' if write_grad else '/loss'}"
+        yield configs.AotCase(name, _cross_entropy_kernel, types, constants, options, aligned)
+    for dtype in ("*bf16", "*fp32"):
+        types = {"src_ptr": dtype, "dst_ptr": dtype, "dloss_ptr": "*fp32", "n_valid_ptr": "*i64", "n": "i32"}
+        case = ("cross_entropy_scale/" + dtype[1:], _scale_kernel, types, {"BLOCK": SCALE_BLOCK}, {"num_warps": 4})
+        yield configs.AotCase(*case, aligned=("src_ptr", "dst_ptr", "dloss_ptr", "n_valid_ptr", "n"))
