@@ -198,44 +198,54 @@ class Bench:
     def compare(
         self,
         case: str,
-        providers: dict[str, Callable[..., Tensor]],
-        reference: Callable[..., Tensor],
+        providers: dict[str, Callable],
+        reference: Callable,
         inputs: Sequence[Tensor],
         work: dict[str, Work],
-        exact: Sequence[Tensor] | None = None,
+        solve: Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]] | None = None,
     ) -> None:
         """Checks, times and reports one case.
 
         Args:
-            providers: name -> function of the inputs that returns one tensor.
+            providers: name -> function of the inputs that returns a tensor or several, or a :class:`Own`.
             reference: the same in plain PyTorch, at whatever dtype its inputs have.
             inputs: leaves; those that require a gradient get one in the check and in the passes `bwd` and `both`.
             work: the passes to time (`fwd`, `bwd`, `both`) and what each must do.
-            exact: the reference's output and gradients in fp32, where the caller has a cheaper way to them.
+            solve: (inputs, dy) -> the reference's outputs and gradients, where there is a way with less memory.
         """
+        torch._functorch.config.donated_buffer = False  # which forbids the repeated backward of the pass `bwd`
         train = any(x.requires_grad for x in inputs) and set(work) != {"fwd"}
-        providers = self.wanted(providers)
+        solve = solve or (lambda inputs, dy: evaluate(reference, inputs, dy, train))
         with torch.no_grad():
-            dy = torch.randn_like(reference(*inputs))
-        if exact is None:
-            exact = evaluate(reference, [widened(x) for x in inputs], dy.float(), train)
-        allowed = [error_of(a, b) for a, b in zip(evaluate(reference, inputs, dy, train), exact)]
-        good, peaks, errors = {}, {}, {}
-        for name, function in providers.items():
+            dy = [torch.randn_like(y) for y in outputs(reference(*inputs))]
+        exact = solve([widened(x) for x in inputs], [g.float() for g in dy])
+        allowed = [error_of(a, b) for a, b in zip(solve(inputs, dy), exact, strict=True)]
+        good: dict[str, Own] = {}
+        peaks, errors = {}, {}
+        for name, provider in self.wanted(providers).items():
+            own = provider if isinstance(provider, Own) else Own(provider)
             try:
                 before = self._reset_peak()
-                got = evaluate(function, inputs, dy, train)
+                got = own.collect(evaluate(own.function, own.prepare(inputs), dy, train))
                 peaks[name] = self._peak(before)
                 status, errors[name] = verdict(got, exact, allowed)
                 del got
             except Exception as error:  # any provider may fail in any way: the row says how, the others go on
-                status = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                status = failure(error)
             if status == "ok":
-                good[name] = function
+                good[name] = own
             else:
                 self.row(case, name, "check", status, error=errors.get(name, ""))
+        del exact
         for pass_, least in work.items():
-            calls = {name: one_pass(function, inputs, dy, pass_) for name, function in good.items()}
+            calls = {}
+            for name, own in good.items():
+                try:
+                    calls[name] = one_pass(own.function, own.prepare(inputs), dy, pass_)
+                    calls[name]()
+                except Exception as error:
+                    calls.pop(name, None)
+                    self.row(case, name, pass_, failure(error))
             for name, stats in self.time(calls).items():
                 self.timed_row(case, name, pass_, stats, least, peak_mib=peaks[name], error=errors[name])
 
@@ -263,20 +273,36 @@ _SHOWN = {"ms": "ms", "tflops": "TFLOP/s", "gbps": "GB/s", "percent": "% of ceil
 _SHOWN |= {"mfu": "% mfu", "mfu_causal": "% mfu_causal", "peak_mib": "MiB", "error": "x torch's error"}
 
 
+def failure(error: Exception) -> str:
+    """The status of a provider that raised."""
+    return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+class Own(NamedTuple):
+    """A provider that wants its inputs in another form, made outside of the timing."""
+
+    function: Callable
+    prepare: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda inputs: inputs
+    collect: Callable[[list[Tensor]], list[Tensor]] = lambda got: got  # outputs and gradients back in the common form
+
+
+def outputs(y: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [y] if isinstance(y, Tensor) else list(y)
+
+
 def widened(x: Tensor) -> Tensor:
     """A leaf of its own in fp32 (integers as they are)."""
     return x.detach().float().requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
 
-def evaluate(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, train: bool) -> list[Tensor]:
-    """[output, gradient of each input that requires one]."""
+def evaluate(function: Callable, inputs: Sequence[Tensor], dy: Sequence[Tensor], train: bool) -> list[Tensor]:
+    """[outputs, gradient of each input that requires one]."""
     if not train:
         with torch.no_grad():
-            return [function(*inputs)]
-    y = function(*inputs)
-    # An op may overwrite what it returned or what it was given a gradient of: outputs are copied before backward.
-    kept = y.detach().clone()
-    return [kept, *torch.autograd.grad(y, [x for x in inputs if x.requires_grad], dy)]
+            return outputs(function(*inputs))
+    ys = outputs(function(*inputs))
+    kept = [y.detach().clone() for y in ys]  # an op's backward may overwrite what its forward returned
+    return [*kept, *torch.autograd.grad(ys, [x for x in inputs if x.requires_grad], dy)]
 
 
 def error_of(got: Tensor, exact: Tensor) -> float:
@@ -288,7 +314,7 @@ def verdict(got: Sequence[Tensor], exact: Sequence[Tensor], allowed: Sequence[fl
     """("ok" or what is wrong, the largest ratio of an error to PyTorch's own at the same dtype)."""
     worst = 0.0
     for i, (g, e, a) in enumerate(zip(got, exact, allowed, strict=True)):
-        what = "output" if i == 0 else f"gradient {i}"
+        what = f"result {i}"  # outputs, then gradients
         if g.shape != e.shape:
             return f"wrong: {what} has shape {tuple(g.shape)}, not {tuple(e.shape)}", float("nan")
         a = max(a, 2.0**-22 * e.float().abs().max().item())  # PyTorch may hit fp32 exactly, its rounding cannot be undercut
@@ -299,7 +325,7 @@ def verdict(got: Sequence[Tensor], exact: Sequence[Tensor], allowed: Sequence[fl
     return "ok", worst
 
 
-def one_pass(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, pass_: str) -> Callable[[], object]:
+def one_pass(function: Callable, inputs: Sequence[Tensor], dy: Sequence[Tensor], pass_: str) -> Callable[[], object]:
     """The call to time: `fwd` without autograd, `bwd` of a graph kept from one forward, or `both`."""
     leaves = [x for x in inputs if x.requires_grad]
     if pass_ == "fwd":
@@ -308,14 +334,14 @@ def one_pass(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tens
             with torch.no_grad():
                 return function(*inputs)
     elif pass_ == "bwd":
-        y = function(*inputs)
+        ys = outputs(function(*inputs))
 
         def call():
-            return torch.autograd.grad(y, leaves, dy, retain_graph=True)
+            return torch.autograd.grad(ys, leaves, dy, retain_graph=True)
     else:
 
         def call():
-            return torch.autograd.grad(function(*inputs), leaves, dy)
+            return torch.autograd.grad(outputs(function(*inputs)), leaves, dy)
 
     return call
 
@@ -403,3 +429,14 @@ def plot(rows: list[dict], path: Path, unit: str | None = None) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def backend(name: str, function: Callable) -> Callable:
+    """The function with ``kernels`` asked for this backend, whatever other providers ask for."""
+    from kernels import dispatch
+
+    def call(*inputs):
+        dispatch.use(name)
+        return function(*inputs)
+
+    return call

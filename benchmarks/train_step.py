@@ -94,13 +94,13 @@ def ours(size: Size, dtype: torch.dtype, device: str, kernels: str) -> Trainer:
     names = ("n_layer", "n_head", "n_embd", "block_size")
     with torch.device(device):
         model = GPT(GPTConfig(**dict(zip(names, size)), vocab_size=size.vocab_size, dropout=0.0, bias=False), dtype=dtype)
-    optimizer = AdamW(model, learning_rate=6e-4, weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0)
+    optimizer = AdamW(model.decay_groups(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
     def loss(idx, targets):
         dispatch.use(kernels)  # process-wide, and other providers ran since
         return model(idx, targets)[1]
 
-    return Trainer(model, loss, optimizer.step)
+    return Trainer(model, loss, lambda: optimizer.step(max_norm=1.0))
 
 
 def providers(size: Size, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Trainer]]:
@@ -211,9 +211,8 @@ class Benchmark:
         self.errors: dict[str, float] = {}
         self.times: dict[str, list[float]] = {}
 
-    def failed(self, name: str, error: Exception, trainer: Trainer | None = None) -> None:
-        text = str(error).strip().splitlines()
-        self.bench.row(self.case, name, "step", f"failed: {type(error).__name__}: {text[0] if text else ''}")
+    def failed(self, name: str, error: Exception) -> None:
+        self.bench.row(self.case, name, "step", common.failure(error))
         self.trainers.pop(name, None)
         error.__traceback__ = None  # which holds its frames' tensors
         free(self.bench)
