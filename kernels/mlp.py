@@ -1,0 +1,491 @@
+"""The transformer's MLP, y = gelu(x W_fc^T + b_fc) W_proj^T + b_proj, with GELU inside the GEMMs' epilogues.
+
+    forward   pre = x W_fc^T + b_fc;  post = gelu(pre);  y = post W_proj^T + b_proj          saved: x, pre
+    backward  dpost = dy W_proj;  dpre = dpost * gelu'(pre);  dx = dpre W_fc
+              dW_proj = dy^T post (post recomputed from pre);  dW_fc = dpre^T x;  biases: column sums
+
+M rows (B*T), C channels, N hidden units (4C). 4MNC FLOPs forward, 8MNC backward. Two ways per direction, chosen by the config
+table per architecture:
+
+- fused: one persistent GEMM whose epilogue writes (pre, post) forward and (dpre, post) backward. Against a GEMM followed by an
+  elementwise kernel this saves one read of (M, N) forward, one read and one write backward, and the elementwise launch.
+  sm_90 loads and stores through host-made tensor descriptors (TMA), older architectures through masked pointers.
+- unfused: cuBLAS, then an elementwise kernel. Also what fp32, and C or N that are not multiples of 16, take.
+
+The other GEMMs are cuBLAS.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import configs, dispatch
+from kernels.linear import linear_ref, mm_fp32, shadow
+
+APPROXIMATE = ("none", "tanh")
+DGELU_TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}  # bound by memory: 16-byte accesses, few partial sums of the bias
+
+# log2(erfc(a / sqrt 2) / 2) on [0, 5.5], weighted for the error of a * 2^P(a): at most 1.2e-7 absolute, that is fp32 rounding.
+# One MUFU and six FMAs an element; CUDA's erff is a two-sided polynomial of ~25 instructions, and the epilogue is issue-bound.
+P0, P1, P2 = tl.constexpr(-0.9999990463256836), tl.constexpr(-1.1511468887329102), tl.constexpr(-0.45892417430877686)
+P3, P4, P5 = tl.constexpr(-0.05322571098804474), tl.constexpr(0.007971392944455147), tl.constexpr(-0.0007390823448076844)
+P6 = tl.constexpr(2.9989252652740106e-05)
+TANH_LINEAR = tl.constexpr(-2.302208198)  # -2 sqrt(2 / pi) log2(e)
+TANH_CUBIC = tl.constexpr(-0.1029432397)  # the same times 0.044715
+PDF_SCALE = tl.constexpr(0.3989422804)  # 1 / sqrt(2 pi)
+PDF_RATE = tl.constexpr(-0.7213475204)  # -log2(e) / 2
+
+
+@triton.jit
+def _lower_tail(x, TANH: tl.constexpr):
+    """1 - Phi(|x|), in (0, 1/2]: gelu(x) = max(x, 0) - |x| * tail, which loses no digits on either side of 0."""
+    a = tl.abs(x)
+    if TANH:
+        e = tl.exp2(a * tl.fma(TANH_CUBIC, a * a, TANH_LINEAR))
+        return e / (1.0 + e)  # sigmoid(-2u)
+    a = tl.minimum(a, 10.0)  # P turns upwards at 24
+    p = tl.fma(tl.full(x.shape, P6, tl.float32), a, P5)
+    p = tl.fma(p, a, P4)
+    p = tl.fma(p, a, P3)
+    p = tl.fma(p, a, P2)
+    p = tl.fma(p, a, P1)
+    return tl.exp2(tl.fma(p, a, P0))
+
+
+@triton.jit
+def _gelu(x, TANH: tl.constexpr):
+    return tl.maximum(x, 0.0) - tl.abs(x) * _lower_tail(x, TANH)
+
+
+@triton.jit
+def _gelu_and_grad(x, TANH: tl.constexpr):
+    """gelu(x) and gelu'(x) = Phi(x) + x Phi'(x)."""
+    tail = _lower_tail(x, TANH)
+    post = tl.maximum(x, 0.0) - tl.abs(x) * tail
+    cdf = tl.where(x > 0, 1.0 - tail, tail)
+    # Phi': of the tanh form, 2u' tail (1 - tail) with 2u' = 2 sqrt(2 / pi) (1 + 3 * 0.044715 x^2).
+    pdf = tail * (1.0 - tail) * tl.fma(x * x, 0.2140644488, 1.5957691216) if TANH else tl.exp2(x * x * PDF_RATE) * PDF_SCALE
+    return post, tl.fma(x, pdf, cdf)
+
+
+@triton.jit
+def _load(src, row, col, n_rows, n_cols, stride, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
+    """A (ROWS, COLS) tile of a row-major matrix, zeros outside of it; `src` is a descriptor or a pointer."""
+    if TMA:
+        return src.load([row, col])
+    else:
+        rows = row + tl.arange(0, ROWS)
+        cols = col + tl.arange(0, COLS)
+        mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+        return tl.load(src + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(dst, value, row, col, n_rows, n_cols, stride, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        dst.store([row, col], value.to(dst.dtype))
+    else:
+        rows = row + tl.arange(0, ROWS)
+        cols = col + tl.arange(0, COLS)
+        mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+        tl.store(dst + rows.to(tl.int64)[:, None] * stride + cols[None, :], value.to(dst.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and column of a tile; GROUP_M rows of tiles are walked together, so that L2 keeps their operands."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first = tile // per_group * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    return (first + tile % per_group % height) * BLOCK_M, tile % per_group // height * BLOCK_N
+
+
+@triton.jit
+def _columns(acc, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
+    """A tile as 1, 2 or 4 tiles side by side, in registers: narrower epilogues hold fewer registers and less shared memory."""
+    if PARTS == 1:
+        return (acc,)
+    else:
+        left, right = acc.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+        if PARTS == 2:
+            return (left, right)
+        else:
+            a, b = left.reshape(ROWS, 2, COLS // 4).permute(0, 2, 1).split()
+            c, d = right.reshape(ROWS, 2, COLS // 4).permute(0, 2, 1).split()
+            return (a, b, c, d)
+
+
+@triton.jit
+def _fwd_kernel(
+    x, w, bias_ptr, pre, post,  # (M, K), (N, K), (N,), (M, N), (M, N)
+    M, N, K, stride_xm, stride_om,
+    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """pre = x w^T + bias and post = gelu(pre)."""
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    tl.assume(K > 0)  # drops a second copy of the epilogue, for an empty inner loop
+    # flatten: the next tile's loads are in flight during this tile's epilogue.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0), flatten=FLATTEN):
+        row, col = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            a = _load(x, row, k, M, K, stride_xm, BLOCK_M, BLOCK_K, TMA)  # (BLOCK_M, BLOCK_K)
+            b = _load(w, col, k, N, K, K, BLOCK_N, BLOCK_K, TMA)  # (BLOCK_N, BLOCK_K)
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        parts = _columns(acc, BLOCK_M, BLOCK_N, PARTS)
+        for i in tl.static_range(PARTS):
+            h = parts[i]  # (BLOCK_M, PART_N)
+            at = col + i * PART_N
+            if HAS_BIAS:
+                cols = at + tl.arange(0, PART_N)
+                h += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            _store(pre, h, row, at, M, N, stride_om, BLOCK_M, PART_N, TMA)
+            _store(post, _gelu(h, TANH), row, at, M, N, stride_om, BLOCK_M, PART_N, TMA)
+
+
+@triton.jit
+def _bwd_kernel(
+    dy, w, pre, dpre, post, partial_ptr,  # (M, K), (K, N), (M, N), (M, N), (M, N), (tiles of M, N) fp32
+    M, N, K, stride_ym, stride_om,
+    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """dpre = (dy w) * gelu'(pre), post = gelu(pre), and the column sums of each tile of dpre for the bias gradient."""
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    tl.assume(K > 0)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0), flatten=FLATTEN):
+        row, col = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            a = _load(dy, row, k, M, K, stride_ym, BLOCK_M, BLOCK_K, TMA)  # (BLOCK_M, BLOCK_K)
+            b = _load(w, k, col, K, N, N, BLOCK_K, BLOCK_N, TMA)  # (BLOCK_K, BLOCK_N)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+        parts = _columns(acc, BLOCK_M, BLOCK_N, PARTS)
+        for i in tl.static_range(PARTS):
+            at = col + i * PART_N
+            h = _load(pre, row, at, M, N, stride_om, BLOCK_M, PART_N, TMA).to(tl.float32)
+            h = tl.fma(parts[i], 0.0, h)  # takes the accumulator's layout; without it, Triton computes GELU once per layout
+            value, slope = _gelu_and_grad(h, TANH)
+            grad = parts[i] * slope  # rows beyond M are 0: their dy is
+            _store(post, value, row, at, M, N, stride_om, BLOCK_M, PART_N, TMA)
+            _store(dpre, grad, row, at, M, N, stride_om, BLOCK_M, PART_N, TMA)
+            if HAS_BIAS:
+                cols = at + tl.arange(0, PART_N)
+                tl.store(partial_ptr + (row // BLOCK_M).to(tl.int64) * N + cols, tl.sum(grad, axis=0), mask=cols < N)
+
+
+@triton.jit
+def _gelu_kernel(pre_ptr, post_ptr, size, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pre = tl.load(pre_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+    tl.store(post_ptr + offs, _gelu(pre, TANH).to(post_ptr.dtype.element_ty), mask=offs < size)
+
+
+@triton.jit
+def _dgelu_kernel(
+    dpost_ptr, pre_ptr, dpre_ptr, post_ptr, partial_ptr,  # (M, N) four times, (tiles of M, N) fp32
+    M, N, stride_m,
+    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dpre = dpost * gelu'(pre) and post = gelu(pre); dpre may be dpost."""
+    row = tl.program_id(0) * BLOCK_M
+    col = tl.program_id(1) * BLOCK_N
+    dpost = _load(dpost_ptr, row, col, M, N, stride_m, BLOCK_M, BLOCK_N, False).to(tl.float32)
+    pre = _load(pre_ptr, row, col, M, N, stride_m, BLOCK_M, BLOCK_N, False).to(tl.float32)
+    post, slope = _gelu_and_grad(pre, TANH)
+    dpre = dpost * slope
+    _store(dpre_ptr, dpre, row, col, M, N, stride_m, BLOCK_M, BLOCK_N, False)
+    _store(post_ptr, post, row, col, M, N, stride_m, BLOCK_M, BLOCK_N, False)
+    if HAS_BIAS:
+        cols = col + tl.arange(0, BLOCK_N)
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(dpre, axis=0), mask=cols < N)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    # Three programs under the interpreter, so that each walks several tiles.
+    return 3 if dispatch.interpreting() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _fusable(*operands: Tensor) -> bool:
+    """Whether the fused kernels take these matrices: 16-bit (fp32 belongs to cuBLAS), rows of whole 16-byte units."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32) if dispatch.interpreting() else (torch.float16, torch.bfloat16)
+    return all(t.dtype in dtypes and t.numel() > 0 and t.shape[1] % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+
+
+# Rows and columns of the tile that a kernel loads or stores of each matrix.
+FWD_TILES = {"x": ("BLOCK_M", "BLOCK_K"), "w": ("BLOCK_N", "BLOCK_K")} | dict.fromkeys(("pre", "post"), ("BLOCK_M", "PART_N"))
+BWD_TILES = {"dy": ("BLOCK_M", "BLOCK_K"), "w": ("BLOCK_K", "BLOCK_N")} | dict.fromkeys(
+    ("pre", "dpre", "post"), ("BLOCK_M", "PART_N")
+)
+
+
+def _operands(config: dict[str, int], tiles: dict[str, tuple[str, str]], *matrices: Tensor) -> dict:
+    """The matrices as the kernels take them: descriptors of their tiles, or themselves."""
+    if not config["TMA"]:
+        return dict(zip(tiles, matrices))
+    sizes = config | {"PART_N": config["BLOCK_N"] // config["PARTS"]}
+    return {
+        name: TensorDescriptor.from_tensor(matrix, [sizes[rows], sizes[cols]])
+        for (name, (rows, cols)), matrix in zip(tiles.items(), matrices)
+    }
+
+
+def _grid(config: dict[str, int], M: int, N: int, device: torch.device) -> tuple[int]:
+    """`per_sm` resident programs on each SM walk the tiles: one's epilogue runs beside another's matrix products."""
+    per_sm = config.pop("per_sm")
+    return (min(triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]), per_sm * _multiprocessors(device)),)
+
+
+def _gelu_fwd(x: Tensor, w: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    """x (M, K), w (N, K) -> pre, post (M, N)."""
+    M, K = x.shape
+    N = w.shape[0]
+    fusable = _fusable(x, w)
+
+    def launch(config):
+        if not (config.pop("fused") and fusable):
+            pre = F.linear(x, w, bias)
+            post = torch.empty_like(pre)
+            _gelu_kernel[(triton.cdiv(pre.numel(), 1024),)](pre, post, pre.numel(), TANH=tanh, BLOCK=1024, num_warps=4)
+            return pre, post
+        pre, post = x.new_empty(M, N), x.new_empty(M, N)
+        grid = _grid(config, M, N, x.device)
+        _fwd_kernel[grid](
+            **_operands(config, FWD_TILES, x, w, pre, post), bias_ptr=w if bias is None else bias,
+            M=M, N=N, K=K, stride_xm=x.stride(0), stride_om=pre.stride(0), HAS_BIAS=bias is not None, TANH=tanh, **config,
+        )  # fmt: skip
+        return pre, post
+
+    return launch(configs.select("gelu_mlp_fwd", "default", fwd_candidates, launch))
+
+
+def _gelu_bwd(dy: Tensor, w: Tensor, pre: Tensor, tanh: bool, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dy (M, K), w (K, N), pre (M, N) -> dpre, post (M, N), and the bias gradient (N,) in fp32, (0,) without a bias."""
+    M, K = dy.shape
+    N = w.shape[1]
+    fusable = _fusable(dy, w)
+
+    def launch(config):
+        fused = config.pop("fused") and fusable
+        post = torch.empty_like(pre)
+        dpre = torch.empty_like(pre) if fused else dy @ w
+        rows = config["BLOCK_M"] if fused else DGELU_TILE["BLOCK_M"]
+        partial = dy.new_empty(triton.cdiv(M, rows) if has_bias else 0, N, dtype=torch.float32)
+        if fused:
+            grid = _grid(config, M, N, dy.device)
+            _bwd_kernel[grid](
+                **_operands(config, BWD_TILES, dy, w, pre, dpre, post), partial_ptr=partial,
+                M=M, N=N, K=K, stride_ym=dy.stride(0), stride_om=pre.stride(0), HAS_BIAS=has_bias, TANH=tanh, **config,
+            )  # fmt: skip
+        else:
+            grid = (triton.cdiv(M, rows), triton.cdiv(N, DGELU_TILE["BLOCK_N"]))
+            _dgelu_kernel[grid](dpre, pre, dpre, post, partial, M, N, pre.stride(0), HAS_BIAS=has_bias, TANH=tanh, **DGELU_TILE)
+        return dpre, post, partial.sum(0) if has_bias else partial.view(0)
+
+    return launch(configs.select("gelu_mlp_bwd", "default", bwd_candidates, launch))
+
+
+@torch.library.custom_op("nanogpt::gelu_mlp_fwd", mutates_args=())
+def _mlp_fwd(
+    x: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    w_fc_shadow: Tensor,
+    b_fc_shadow: Tensor | None,
+    w_proj_shadow: Tensor,
+    b_proj_shadow: Tensor | None,
+    tanh: bool,
+) -> tuple[Tensor, Tensor]:
+    """The parameters are there for their gradients; the arithmetic reads their shadows. Returns y and pre."""
+    with torch.cuda.device_of(x):
+        pre, post = _gelu_fwd(x.contiguous(), w_fc_shadow, b_fc_shadow, tanh)
+        return F.linear(post, w_proj_shadow, b_proj_shadow), pre
+
+
+@_mlp_fwd.register_fake
+def _(x, w_fc, b_fc, w_proj, b_proj, w_fc_shadow, b_fc_shadow, w_proj_shadow, b_proj_shadow, tanh):
+    return x.new_empty(x.shape[0], w_proj.shape[0]), x.new_empty(x.shape[0], w_fc.shape[0])
+
+
+@torch.library.custom_op("nanogpt::gelu_mlp_bwd", mutates_args=())
+def _mlp_bwd(
+    dy: Tensor, x: Tensor, pre: Tensor, w_fc: Tensor, w_proj: Tensor, tanh: bool, has_b_fc: bool, has_b_proj: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx in the compute dtype; dw_fc, db_fc, dw_proj, db_proj in fp32, (0,) for a bias that is not there."""
+    with torch.cuda.device_of(dy):
+        dy = dy.contiguous()
+        dpre, post, db_fc = _gelu_bwd(dy, w_proj, pre, tanh, has_b_fc)
+        dw_proj = mm_fp32(dy.t(), post)
+        db_proj = dy.sum(0, dtype=torch.float32) if has_b_proj else dy.new_empty(0, dtype=torch.float32)
+        return dpre @ w_fc, mm_fp32(dpre.t(), x), db_fc, dw_proj, db_proj
+
+
+@_mlp_bwd.register_fake
+def _(dy, x, pre, w_fc, w_proj, tanh, has_b_fc, has_b_proj):
+    def empty(*shape):
+        return dy.new_empty(shape, dtype=torch.float32)
+
+    N, C = w_fc.shape
+    biases = empty(N if has_b_fc else 0), empty(w_proj.shape[0] if has_b_proj else 0)
+    return dy.new_empty(x.shape), empty(N, C), biases[0], empty(w_proj.shape), biases[1]
+
+
+def _setup_context(ctx, inputs, output):
+    x, w_fc, b_fc, w_proj, b_proj, w_fc_shadow, _, w_proj_shadow, _, ctx.tanh = inputs
+    ctx.save_for_backward(x, output[1], w_fc_shadow, w_proj_shadow)
+    ctx.mark_non_differentiable(output[1])
+    ctx.dtypes = [None if p is None else p.dtype for p in (w_fc, b_fc, w_proj, b_proj)]
+
+
+def _backward(ctx, dy, _):
+    x, pre, w_fc, w_proj = ctx.saved_tensors
+    has_b_fc, has_b_proj = ctx.dtypes[1] is not None, ctx.dtypes[3] is not None
+    dx, *grads = _mlp_bwd(dy, x, pre, w_fc, w_proj, ctx.tanh, has_b_fc, has_b_proj)
+    grads = [None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
+    return dx, *grads, None, None, None, None, None
+
+
+_mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def gelu_mlp_ref(
+    x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, approximate: str = "none"
+) -> Tensor:
+    return linear_ref(F.gelu(linear_ref(x, w_fc, b_fc), approximate=approximate), w_proj, b_proj)
+
+
+def gelu_mlp(
+    x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, approximate: str = "none"
+) -> Tensor:
+    """The transformer's MLP; backward keeps x and the hidden pre-activation only.
+
+    Args:
+        x: (..., C), compute dtype.
+        w_fc, b_fc: (N, C) and (N,) or None; parameters, fp32 or already the compute dtype.
+        w_proj, b_proj: (C_out, N) and (C_out,) or None.
+        approximate: ``"none"``, x * Phi(x) with erf (nanoGPT), or ``"tanh"`` (OpenAI's GPT-2 weights);
+            Hendrycks and Gimpel 2016, arXiv:1606.08415.
+
+    Returns:
+        (..., C_out) in x's dtype.
+
+    Raises:
+        ValueError: for another ``approximate``, or shapes that do not chain.
+    """
+    if approximate not in APPROXIMATE:
+        raise ValueError(f"approximate={approximate!r}: expected one of {', '.join(APPROXIMATE)}")
+    if x.shape[-1] != w_fc.shape[1] or w_fc.shape[0] != w_proj.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)}, w_fc {tuple(w_fc.shape)}, w_proj {tuple(w_proj.shape)} do not chain")
+    if dispatch.choose("gelu_mlp", x.device.type) == "torch":
+        return gelu_mlp_ref(x, w_fc, b_fc, w_proj, b_proj, approximate)
+    parameters = (w_fc, b_fc, w_proj, b_proj)
+    shadows = [None if p is None else shadow(p, x.dtype) for p in parameters]
+    y, _ = _mlp_fwd(x.reshape(-1, x.shape[-1]), *parameters, *shadows, approximate == "tanh")
+    return y.view(*x.shape[:-1], -1)
+
+
+# What a fused configuration says; FLATTEN: see `_fwd_kernel`; per_sm: programs resident on an SM.
+KEYS = ("TMA", "BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_sm", "GROUP_M", "FLATTEN")
+UNFUSED = {"fused": 0}
+# sm_80 to sm_89: FLATTEN 0, since cp.async is pipelined in the inner loop only.
+POINTER_CANDIDATES = (
+    (0, 128, 128, 32, 2, 8, 4, 1, 8, 0),
+    (0, 128, 128, 64, 2, 8, 3, 1, 8, 0),
+    (0, 64, 256, 32, 2, 8, 4, 1, 8, 0),
+    (0, 128, 256, 32, 4, 8, 3, 1, 8, 0),
+    (0, 128, 128, 32, 4, 4, 3, 2, 8, 0),
+)
+FWD_POINTER_CANDIDATES = ((0, 128, 128, 32, 2, 8, 4, 2, 8, 0), *POINTER_CANDIDATES)
+# sm_90. Two programs an SM, under 114 KB of shared memory each: one's epilogue runs beside the other's products. One program:
+# larger tiles read less, but the tensor cores wait for the epilogue.
+FWD_TMA_CANDIDATES = (
+    (1, 128, 128, 64, 2, 4, 3, 2, 8, 1),
+    (1, 128, 128, 64, 2, 4, 3, 2, 16, 1),
+    (1, 128, 128, 64, 2, 4, 3, 2, 8, 0),
+    (1, 128, 128, 64, 4, 4, 3, 2, 8, 1),
+    (1, 128, 128, 64, 4, 4, 3, 2, 8, 0),
+    (1, 128, 128, 64, 2, 8, 2, 2, 8, 1),
+    (1, 64, 128, 64, 2, 4, 4, 2, 8, 1),
+    (1, 128, 256, 64, 2, 8, 3, 1, 8, 1),
+    (1, 128, 256, 64, 4, 8, 4, 1, 8, 1),
+    (1, 128, 256, 64, 4, 8, 4, 1, 8, 0),
+    (1, 256, 128, 64, 2, 8, 3, 1, 8, 1),
+    (1, 256, 128, 64, 4, 8, 4, 1, 8, 1),
+)
+# More parts than forward: an epilogue holds a tile of `pre` as well.
+BWD_TMA_CANDIDATES = (
+    (1, 128, 128, 64, 4, 4, 3, 2, 8, 1),
+    (1, 128, 128, 64, 4, 4, 3, 2, 16, 1),
+    (1, 128, 128, 64, 4, 4, 3, 2, 8, 0),
+    (1, 128, 128, 64, 4, 4, 2, 2, 8, 1),
+    (1, 128, 128, 32, 4, 4, 4, 2, 8, 1),
+    (1, 128, 128, 64, 2, 8, 2, 2, 8, 1),
+    (1, 64, 128, 64, 2, 4, 3, 2, 8, 1),
+    (1, 128, 128, 64, 2, 8, 4, 1, 8, 1),
+    (1, 128, 256, 64, 4, 8, 3, 1, 8, 1),
+    (1, 128, 256, 64, 4, 8, 4, 1, 8, 1),
+    (1, 128, 256, 64, 4, 8, 4, 1, 8, 0),
+    (1, 256, 128, 64, 4, 8, 3, 1, 8, 1),
+    (1, 256, 128, 64, 4, 8, 4, 1, 8, 1),
+)
+
+
+def fwd_candidates(arch: int) -> Iterator[dict[str, int]]:
+    """Configurations of `gelu_mlp_fwd` worth timing; none spills."""
+    yield UNFUSED
+    for values in FWD_TMA_CANDIDATES if arch >= 90 else FWD_POINTER_CANDIDATES:
+        yield {"fused": 1, **dict(zip(KEYS, values))}
+
+
+def bwd_candidates(arch: int) -> Iterator[dict[str, int]]:
+    """Configurations of `gelu_mlp_bwd` worth timing; none spills."""
+    yield UNFUSED
+    for values in BWD_TMA_CANDIDATES if arch >= 90 else POINTER_CANDIDATES:
+        yield {"fused": 1, **dict(zip(KEYS, values))}
+
+
+def aot_cases(arch: int) -> Iterator[configs.AotCase]:
+    for tanh, has_bias in itertools.product((False, True), repeat=2):
+        flags = {"TANH": tanh, "HAS_BIAS": has_bias}
+        variant = ("tanh" if tanh else "erf") + ("-bias" if has_bias else "")
+        for op, kernel, tiles in (("gelu_mlp_fwd", _fwd_kernel, FWD_TILES), ("gelu_mlp_bwd", _bwd_kernel, BWD_TILES)):
+            config = configs.lookup(op, "default", arch)
+            if config.pop("fused"):
+                yield _aot_case(f"{op}/{variant}", kernel, tiles, config, flags)
+        yield _elementwise_case(f"gelu_bwd/{variant}", _dgelu_kernel, DGELU_TILE, flags)
+        if not has_bias:
+            yield _elementwise_case(f"gelu_fwd/{variant}", _gelu_kernel, {"BLOCK": 1024, "num_warps": 4}, {"TANH": tanh})
+
+
+def _aot_case(name: str, kernel, tiles: dict[str, tuple[str, str]], config: dict[str, int], flags: dict[str, bool]):
+    del config["per_sm"]
+    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    sizes = config | {"PART_N": config["BLOCK_N"] // config["PARTS"]}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"bias_ptr": "*bf16", "partial_ptr": "*fp32"}
+    for arg, (rows, cols) in tiles.items():
+        signature[arg] = f"tensordesc<bf16[{sizes[rows]},{sizes[cols]}]>" if config["TMA"] else "*bf16"
+    constants = config | flags
+    aligned = tuple(a for a in kernel.arg_names if a not in constants and not signature[a].startswith("tensordesc"))
+    return configs.AotCase(name, kernel, signature, constants, options, aligned)
+
+
+def _elementwise_case(name: str, kernel, tile: dict[str, int], flags: dict[str, bool]):
+    constants = {key: value for key, value in tile.items() if key != "num_warps"} | flags
+    pointers = {a: "*fp32" if a == "partial_ptr" else "*bf16" for a in kernel.arg_names if a.endswith("_ptr")}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | pointers
+    aligned = tuple(a for a in kernel.arg_names if a not in constants)
+    return configs.AotCase(name, kernel, signature, constants, {"num_warps": tile["num_warps"]}, aligned)
