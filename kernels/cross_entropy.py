@@ -44,6 +44,19 @@ def linear_cross_entropy_ref(
 
 
 @triton.jit
+def _accumulate(x, m, s):
+    """Each lane's running maximum m and sum s of exp2(x - m), with one exponential: of the usual two one is exp2(0)."""
+    above = x - m
+    e = tl.exp2(-tl.abs(above))
+    return tl.maximum(m, x), tl.where(above > 0, s * e + 1.0, s + e)
+
+
+@triton.jit
+def _gradient(x, lse, cols, target):
+    return tl.exp2(x.to(tl.float32) * LOG2E - lse) - tl.where(cols == target, 1.0, 0.0)
+
+
+@triton.jit
 def _cross_entropy_kernel(
     logits_ptr,  # (M, V), row stride stride_m; overwritten by the gradient of the sum of losses
     targets_ptr,  # (M,)
@@ -59,25 +72,24 @@ def _cross_entropy_kernel(
     logits_ptr += row.to(tl.int64) * stride_m
     target = tl.load(targets_ptr + row)
     offs_v = tl.arange(0, BLOCK_V)
-    n_blocks = tl.cdiv(V, BLOCK_V)
     if target == ignore_index:
         tl.store(losses_ptr + row, 0.0)
         if WRITE_GRAD:
-            for i in range(n_blocks):
-                cols = i * BLOCK_V + offs_v
+            for start in range(0, V, BLOCK_V):
+                cols = start + offs_v
                 tl.store(logits_ptr + cols, tl.zeros((BLOCK_V,), logits_ptr.dtype.element_ty), mask=cols < V)
     else:
-        # Each lane keeps its own running maximum and sum, so there is no barrier in the loop. Of the two exponentials of an
-        # online softmax one is always exp(0). The finite start keeps inf - inf out for masked columns.
-        m = tl.full((BLOCK_V,), -1e30, tl.float32)
+        # Blocks inside the vocabulary go without a mask: one against 50,257 would turn 16-byte accesses into 2-byte ones.
+        end = vocab_size // BLOCK_V * BLOCK_V
+        m = tl.full((BLOCK_V,), -1e30, tl.float32)  # finite, which keeps inf - inf out for masked columns
         s = tl.zeros((BLOCK_V,), tl.float32)
-        for i in range(n_blocks):
-            cols = i * BLOCK_V + offs_v
-            x = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32) * LOG2E
-            above = x - m
-            e = tl.exp2(-tl.abs(above))
-            s = tl.where(above > 0, s * e + 1.0, s + e)
-            m = tl.maximum(m, x)
+        for start in range(0, end, BLOCK_V):
+            x = tl.load(logits_ptr + start + offs_v).to(tl.float32)
+            m, s = _accumulate(x * LOG2E, m, s)
+        for start in range(end, V, BLOCK_V):
+            cols = start + offs_v
+            x = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32)
+            m, s = _accumulate(x * LOG2E, m, s)
         row_max = tl.max(m, 0)
         lse = row_max + tl.log2(tl.sum(s * tl.exp2(m - row_max), 0))  # base 2
 
@@ -87,11 +99,15 @@ def _cross_entropy_kernel(
         tl.store(losses_ptr + row, lse * LN2 - x_target)
         if WRITE_GRAD:
             tl.debug_barrier()  # every warp has read the target's logit
-            for i in range(n_blocks):
-                cols = (n_blocks - 1 - i) * BLOCK_V + offs_v
-                x = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32) * LOG2E
-                dx = tl.exp2(x - lse) - tl.where(cols == target, 1.0, 0.0)
+            for start in range(end, V, BLOCK_V):
+                cols = start + offs_v
+                x = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf"))
+                dx = _gradient(x, lse, cols, target)  # 0 in padded columns
                 tl.store(logits_ptr + cols, dx.to(logits_ptr.dtype.element_ty), mask=cols < V)
+            for start in range(0, end, BLOCK_V):
+                cols = end - BLOCK_V - start + offs_v  # backwards: what was read last is still in the L1 cache
+                dx = _gradient(tl.load(logits_ptr + cols), lse, cols, target)
+                tl.store(logits_ptr + cols, dx.to(logits_ptr.dtype.element_ty))
 
 
 @triton.jit
