@@ -159,8 +159,8 @@ def adamw_step(
             params, grads, exp_avgs, exp_avg_sqs, shadows if shadowed else [], lr, step, weight_decays,
             beta1, beta2, eps, norm, max_norm, grad_scale, zero_grad,
         )  # fmt: skip
-        # C++ ops leave version counters alone, which autograd and kernels.linear.shadow read.
-        torch.autograd.graph.increment_version(params)
+    # None of these kernels moves the version counters, which autograd and kernels.linear.shadow read.
+    torch.autograd.graph.increment_version(params)
     for p in shadowed:
         p.shadow_version = p._version
 

@@ -1,0 +1,217 @@
+"""Builds csrc/ into kernels/nanogpt_{cpu,cuda}.so: ``pip install -e .`` or ``python setup.py build_ext --inplace``.
+
+The sources use PyTorch's stable ABI, so all that is read of PyTorch is its headers and its version, without importing it: an
+isolated build finds those of the environment it installs into. Without PyTorch, a C++ compiler or ninja the install is pure
+Python. Environment: BUILD_CUDA=auto|0|1 (auto: where there are nvcc and a CUDA build of PyTorch; no GPU needed),
+TORCH_CUDA_ARCH_LIST (default "8.0;9.0+PTX"), CXX, CUDA_HOME, BUILD_EXTENSION=0 to skip all of it.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
+ARCHS = "8.0;9.0+PTX"
+TARGET = 0x020B << 48  # oldest PyTorch that the build runs on: 2.11
+WARNINGS = "-Wall -Wextra -Werror"
+
+
+class MissingError(Exception):
+    """What a build needs is missing: the install goes on as pure Python."""
+
+
+def find_torch() -> tuple[Path, str, str | None]:
+    """PyTorch's folder, version and CUDA version in the environment that is installed into."""
+    candidates = [Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")]
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.origin:
+        candidates.insert(0, Path(spec.origin).parent.parent)
+    for site in candidates:
+        if (site / "torch" / "version.py").exists():
+            text = (site / "torch" / "version.py").read_text()
+            version = re.search(r"__version__ = '([^']+)'", text)[1]
+            cuda = re.search(r"^cuda\b.*= '([^']+)'", text, re.MULTILINE)
+            if tuple(map(int, version.split(".")[:2])) < (2, 11):
+                sys.exit(f"PyTorch {version} is too old: 2.11 or later is needed")
+            return site / "torch", version, cuda[1] if cuda else None
+    raise MissingError(f"no PyTorch in {candidates[0]}")
+
+
+def find_compiler() -> str:
+    """The C++ compiler, if it compiles an empty program. A CC or CXX that does not run means that there is none."""
+    wanted = [os.environ[v] for v in ("CXX", "CC") if v in os.environ]
+    for command in wanted or ["c++"]:
+        try:
+            subprocess.run([*command.split(), "-fsyntax-only", "-xc++", os.devnull], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            raise MissingError(f"no C++ compiler: {command} does not run") from None
+    return os.environ.get("CXX", "c++")
+
+
+def find_ninja() -> str:
+    spec = importlib.util.find_spec("ninja")
+    path = shutil.which("ninja")
+    if path is None and spec:
+        path = str(Path(importlib.import_module("ninja").BIN_DIR) / "ninja")
+    if path is None:
+        raise MissingError("no ninja (pip install ninja)")
+    return path
+
+
+def find_cuda() -> tuple[Path, str] | None:
+    """CUDA_HOME and the release of its nvcc, or None. An nvcc on the PATH that is a wrapper is asked for the real one."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc:
+        dry = subprocess.run([nvcc, "--dryrun", "-c", "probe.cu"], capture_output=True, text=True)
+        homes += [re.sub("/bin$", "", here) for here in re.findall(r"#\$ _HERE_=(.+)", dry.stderr)]
+    for home in [*homes, "/usr/local/cuda"]:
+        if home and (Path(home) / "bin" / "nvcc").exists():
+            text = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+            return Path(home), re.search(r"release (\d+\.\d+)", text)[1]
+    return None
+
+
+def cuda_to_build(torch_version: str, torch_cuda: str | None) -> Path | None:
+    """CUDA_HOME if nanogpt_cuda is to be built."""
+    wanted = os.environ.get("BUILD_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"BUILD_CUDA={wanted}: expected auto, 0 or 1")
+    if wanted == "0":
+        return None
+    found = find_cuda()
+    missing = "" if torch_cuda else f"PyTorch {torch_version} is built without CUDA"
+    missing = missing or ("" if found else "no nvcc (set CUDA_HOME)")
+    if missing:
+        if wanted == "1":
+            sys.exit(f"BUILD_CUDA=1: {missing}")
+        print(f"nanogpt: no CUDA kernels: {missing}")
+        return None
+    home, release = found
+    if release.split(".")[0] != torch_cuda.split(".")[0]:
+        sys.exit(f"{home}/bin/nvcc is CUDA {release}, but PyTorch {torch_version} is built with CUDA {torch_cuda}: "
+                 "set CUDA_HOME to a matching toolkit, or BUILD_CUDA=0")  # fmt: skip
+    return home
+
+
+def arch_flags(archs: str) -> str:
+    """ "8.0;9.0+PTX" -> nvcc's -gencode flags."""
+    flags = []
+    for arch in re.split(r"[;,\s]+", archs.strip("; ")):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if not match:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST={archs}: expected entries such as 8.0 or 9.0+PTX, got {arch!r}")
+        number = match[1] + match[2]
+        flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+def ninja_file(build: Path, compiler: str, torch: Path, cuda: Path | None) -> str:
+    """One object per source, one library per extension. The .cu files see no PyTorch header, which keeps them quick."""
+    common = f"-std=c++17 -fPIC -DTORCH_TARGET_VERSION={TARGET:#x}ULL -isystem {torch}/include"
+    # fp contraction changes results between machines with and without fma: leave it to explicit code.
+    cxx = f"{common} -O3 -fvisibility=hidden -ffp-contract=off {WARNINGS} {os.environ.get('CXXFLAGS', '')}"
+    shared = "-dynamiclib -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+    link = f"{shared} -L{torch}/lib {os.environ.get('LDFLAGS', '')}"
+    lines = [
+        "rule cxx",
+        f"  command = {compiler} -MD -MF $out.d {cxx} $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} $in {link} $libs -o $out",
+    ]
+    if cuda:
+        nvcc = f"{cuda}/bin/nvcc -ccbin {compiler.split()[0]} -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+        archs = arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHS))
+        lines += [
+            "rule nvcc",
+            f"  command = {nvcc} -Werror all-warnings {archs} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+
+    def library(name: str, sources: list[Path], libs: str, flags: str) -> None:
+        objects = []
+        for source in sources:
+            objects.append(f"{source.name}.o")
+            lines.append(f"build {objects[-1]}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")
+            lines.append(f"  flags = {flags}")
+        lines.append(f"build {name}.so: link {' '.join(objects)}")
+        lines.append(f"  libs = {libs}")
+
+    sources = sorted(CSRC.glob("*.cpp"))
+    library("nanogpt_cpu", [s for s in sources if s.name != "ops_cuda.cpp"], "-ltorch_cpu -lc10", "")
+    if cuda:
+        lib64 = cuda / "lib64"
+        libs = f"-ltorch_cuda -ltorch_cpu -lc10_cuda -lc10 -L{lib64} -lcudart"
+        library("nanogpt_cuda", [CSRC / "ops_cuda.cpp", *sorted(CSRC.glob("*.cu"))], libs, "-DUSE_CUDA")
+    return "\n".join(lines) + "\n"
+
+
+class Build(build_ext):
+    """Replaces setuptools' compiler by one ninja call; the libraries are no Python modules, so their names carry no tag."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def run(self) -> None:
+        names = {extension.name: Path(self.get_ext_filename(extension.name)) for extension in self.extensions}
+        self.extensions = [e for e in self.extensions if self.compile(names[e.name].name)]
+        if self.inplace:
+            self.copy_extensions_to_source()
+
+    @property
+    def build_dir(self) -> Path:
+        return ROOT / self.build_temp
+
+    def compile(self, file: str) -> bool:
+        """Whether the library is there now, in build_lib."""
+        if not hasattr(self, "built"):
+            self.built = self.compile_all()
+        if file not in self.built:
+            return False
+        target = Path(self.build_lib) / "kernels" / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.build_dir / file, target)
+        return True
+
+    def compile_all(self) -> list[str]:
+        if os.environ.get("BUILD_EXTENSION") == "0":
+            return []
+        try:
+            if sys.platform == "win32":
+                raise MissingError("no build for Windows yet")
+            torch, version, torch_cuda = find_torch()
+            compiler, ninja = find_compiler(), find_ninja()
+        except MissingError as reason:
+            print(f"nanogpt: pure-Python install, PyTorch's own kernels on the CPU: {reason}")
+            return []
+        cuda = cuda_to_build(version, torch_cuda)
+        self.build_dir.mkdir(parents=True, exist_ok=True)
+        text = ninja_file(self.build_dir, compiler, torch, cuda)
+        rules = self.build_dir / "build.ninja"
+        if not rules.exists() or rules.read_text() != text:
+            rules.write_text(text)
+        if subprocess.run([ninja, "-C", self.build_dir]).returncode:
+            sys.exit(
+                "nanogpt: csrc/ did not compile; BUILD_EXTENSION=0 installs without it, BUILD_CUDA=0 without its CUDA part"
+            )
+        return ["nanogpt_cpu.so", *(["nanogpt_cuda.so"] if cuda else [])]
+
+
+setup(
+    ext_modules=[Extension(f"kernels.{name}", sources=[]) for name in ("nanogpt_cpu", "nanogpt_cuda")],
+    cmdclass={"build_ext": Build},
+)
