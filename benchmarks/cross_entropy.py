@@ -22,7 +22,8 @@ CHUNK = 4096  # rows of the reference at a time
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets, ignore_index=-1)
+    logits = F.linear(x, weight.to(x.dtype))
+    return F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), targets, ignore_index=-1)
 
 
 def reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def parts(x, weight, targets):
 def solve(inputs, dy) -> list[Tensor]:
     """[loss, dx, dW], chunk by chunk; dW summed in fp32."""
     x, weight, targets = inputs
-    loss, dx, dw = 0.0, torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+    loss, dx, dw = 0.0, torch.empty_like(x), torch.zeros_like(weight)
     for i, (x_part, _, t_part) in enumerate(parts(x.detach(), weight, targets)):
         leaves = [x_part.clone().requires_grad_(), weight, t_part]
         share = len(x_part) / len(x)
@@ -65,11 +66,11 @@ def head_providers() -> dict:
 
 def rows_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of each row, and softmax - onehot in the logits' dtype."""
-    wide = logits.float()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     lse = torch.logsumexp(wide, dim=1, keepdim=True)
     gradient = torch.exp(wide - lse)
     columns = torch.arange(logits.shape[1], device=logits.device)
-    gradient = gradient - (columns == targets[:, None]).float()
+    gradient = gradient - (columns == targets[:, None]).to(wide.dtype)
     return (lse - wide.gather(1, targets[:, None]))[:, 0], gradient.to(logits.dtype)
 
 

@@ -1,0 +1,175 @@
+"""Results folders -> tables and plots: every number from a row, every row with its device, versions, commit and command.
+
+python scripts/report.py DIR...              # Markdown on the terminal
+python scripts/report.py --write             # benchmarks/results/* -> docs/performance.md and docs/plots/*.png
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIRED = ("op", "case", "provider", "pass", "dtype", "status", "device", "torch", "commit", "date", "command")
+UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s", "tokens_per_s": "tokens/s", "ms": "ms"}
+ORDER = (
+    "train_step",
+    "attention",
+    "cross_entropy",
+    "mlp",
+    "layernorm",
+    "optimizer",
+    "embedding",
+    "generate",
+    "dataloader",
+    "ceilings",
+)
+
+Row = dict[str, str]
+
+
+def read(folder: Path) -> list[Row]:
+    """All rows of a folder's CSV files; of repeated measurements the last.
+
+    Raises:
+        ValueError: naming file and line, for a row that does not say where its numbers come from, or no rows at all.
+    """
+    rows: dict[tuple, Row] = {}
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="") as file:
+            for line, row in enumerate(csv.DictReader(file), start=2):
+                missing = [column for column in REQUIRED if not row.get(column)]
+                if missing:
+                    raise ValueError(f"{path}:{line}: no {', '.join(missing)}: a number without its origin is not reported")
+                rows[tuple(row[c] for c in ("op", "case", "provider", "pass", "dtype"))] = row
+    if not rows:
+        raise ValueError(f"{folder}: no result rows (*.csv)")
+    return list(rows.values())
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines]) + "\n"
+
+
+def distinct(rows: list[Row], column: str) -> list[str]:
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def number(text: str, digits: int = 3) -> str:
+    """A rate or time as read from a row, to a few significant digits, with thousands separated."""
+    value = float(text)
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}" if value < 10 ** (digits - 1) else f"{value:.0f}"
+
+
+def best(values: dict[str, float], lowest: bool) -> str:
+    return (min if lowest else max)(values, key=values.__getitem__) if values else ""
+
+
+def op_tables(rows: list[Row]) -> str:
+    """For each pass: a line per case, a column per provider, the fastest in bold, ours against the best peer."""
+    text = ""
+    for pass_ in distinct(rows, "pass"):
+        timed = [r for r in rows if r["pass"] == pass_ and r["ms"] and r["status"] == "ok"]
+        if not timed:
+            continue
+        unit = next((u for u in ("tokens_per_s", "tflops", "gbps") if all(r[u] for r in timed)), "ms")
+        names = distinct(timed, "provider")
+        lines = []
+        for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in timed):
+            found = {r["provider"]: r for r in timed if (r["case"], r["dtype"]) == (case, dtype)}
+            fastest = best({n: float(r[unit]) for n, r in found.items()}, unit == "ms")
+            cells = [f"{case} {dtype}"]
+            for name in names:
+                row = found.get(name)
+                value = number(row[unit]) + (f" ({number(row['percent'])}%)" if row["percent"] else "") if row else ""
+                cells.append(f"**{value}**" if name == fastest and len(found) > 1 else value)
+            lines.append(cells)
+        ceiling = " (percent of the measured ceiling)" if any(r["percent"] for r in timed) else ""
+        text += f"{pass_}, {UNITS[unit]}{ceiling}\n\n" + table(["case", *names], lines) + "\n"
+    return text
+
+
+def step_tables(rows: list[Row]) -> str:
+    """The training step: one line per provider, the breakdown, the time to the first step."""
+    steps = [r for r in rows if r["pass"] == "step" and r["status"] == "ok"]
+    text = ""
+    for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in steps):
+        chosen = [r for r in steps if (r["case"], r["dtype"]) == (case, dtype)]
+        peers = [float(r["tokens_per_s"]) for r in chosen if not r["provider"].startswith("ours")]
+        lines = []
+        for r in sorted(chosen, key=lambda r: -float(r["tokens_per_s"])):
+            against = f"{float(r['tokens_per_s']) / max(peers):.2f}x" if peers else ""
+            mfu = f"{float(r['mfu']):.1f}% / {float(r['mfu_causal']):.1f}%" if r["mfu"] else ""
+            memory = f"{float(r['peak_mib']) / 1024:.1f} GiB" if r["peak_mib"] else ""
+            spread = f"{number(r['ms'], 4)} ({number(r['p20'], 4)} to {number(r['p80'], 4)})"
+            lines.append([r["provider"], number(r["tokens_per_s"]), against, spread, mfu, memory])
+        header = ["provider", "tokens/s", "to the best peer", "ms a step (p20 to p80)", "mfu / mfu_causal", "peak memory"]
+        text += f"{case}, {dtype}\n\n" + table(header, lines) + "\n"
+        parts = [r for r in rows if r["pass"].startswith("part ") and (r["case"], r["dtype"]) == (case, dtype)]
+        if parts:
+            names = distinct(parts, "provider")
+            value = {(r["provider"], r["pass"]): f"{float(r['ms']):.2f}" for r in parts}
+            lines = [[p.removeprefix("part "), *(value.get((n, p), "") for n in names)] for p in distinct(parts, "pass")]
+            text += f"{case}, {dtype}: device ms a step by component\n\n" + table(["component", *names], lines) + "\n"
+    starts = [r for r in rows if r["pass"].startswith("start ") and r["status"] == "ok"]
+    if starts:
+        lines = [[r["case"], r["provider"], r["pass"].removeprefix("start "), f"{float(r['ms']) / 1e3:.1f} s"] for r in starts]
+        text += (
+            "From process start to the end of the first step\n\n" + table(["case", "provider", "caches", "time"], lines) + "\n"
+        )
+    return text
+
+
+def section(folder: Path, plots: Path | None = None) -> str:
+    """A folder as Markdown; with plots, one PNG per op is drawn there and linked."""
+    rows = read(folder)
+    facts = {c: ", ".join(v for v in distinct(rows, c) if v) for c in ("device", "driver", "torch", "triton", "commit", "date")}
+    text = f"## {facts['device']}, {facts['date']}\n\n" + ", ".join(f"{c} {v}" for c, v in facts.items() if v and c != "device")
+    text += f". Rows: `{folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder.name}`.\n\n"
+    for op in sorted(distinct(rows, "op"), key=lambda op: ORDER.index(op) if op in ORDER else len(ORDER)):
+        chosen = [r for r in rows if r["op"] == op]
+        text += f"### {op}\n\n" + "".join(f"`{command}`\n" for command in distinct(chosen, "command")) + "\n"
+        text += step_tables(chosen) if op == "train_step" else op_tables(chosen)
+        for r in chosen:
+            if r["status"] != "ok":
+                text += f"- {r['case']} {r['pass']}, {r['provider']}: {r['status']}\n"
+        if plots and any(r["ms"] and r["status"] == "ok" for r in chosen):
+            sys.path.insert(0, str(ROOT / "benchmarks"))
+            import common
+
+            plots.mkdir(parents=True, exist_ok=True)
+            name = f"{folder.name}-{op}.png"
+            common.plot([r for r in chosen if not r["pass"].startswith(("part", "start"))], plots / name)
+            text += f"\n![{op}](plots/{name})\n"
+        text += "\n"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, help="default: every folder of benchmarks/results")
+    parser.add_argument("--write", action="store_true", help="write docs/performance.md and docs/plots/")
+    args = parser.parse_args()
+    folders = args.folders or sorted(p for p in (ROOT / "benchmarks" / "results").iterdir() if p.is_dir())
+    docs = ROOT / "docs"
+    try:
+        body = "".join(section(folder, docs / "plots" if args.write else None) for folder in folders)
+    except ValueError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    if not args.write:
+        print(body)
+        return 0
+    head = (
+        "# Performance\n\nWritten by `python scripts/report.py --write` from the rows in `benchmarks/results`; do not edit.\n"
+    )
+    head += "How things are measured: `benchmarks/common.py`.\n\n"
+    (docs / "performance.md").write_text(head + body)
+    print(f"{docs / 'performance.md'}: {len(folders)} folders")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
