@@ -1,0 +1,226 @@
+"""Decoding: the cache against none, the sliding window, sampling options, the stop token, and the command line."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt import checkpoint, sample, tokenizer
+from nanogpt.config import GPTConfig
+from nanogpt.generate import choose, generate
+from nanogpt.model import GPT
+from nanogpt.tokenizer import CharTokenizer
+from tests.helpers import DEVICE
+
+V = 11
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(7)
+    made = GPT(GPTConfig(block_size=16, vocab_size=V, n_layer=2, n_head=2, n_embd=32, bias=True), torch.float32).to(DEVICE)
+    for p in made.parameters():  # far from uniform, so that the choice of a token is no tie
+        p.data.mul_(4)
+    return made
+
+
+def prompt(B, T):
+    return torch.randint(V, (B, T), device=DEVICE)
+
+
+@pytest.mark.parametrize(("T", "new"), [(1, 15), (5, 11), (16, 1), (5, 30), (16, 5), (20, 6), (3, 0)])
+def test_greedy_with_cache_equals_without(model, T, new):
+    idx = prompt(3, T)
+    cached = generate(model, idx, new, temperature=0)
+    plain = generate(model, idx, new, temperature=0, use_cache=False)
+    assert cached.shape == (3, T + new)
+    assert torch.equal(cached, plain)
+    for row in range(3):  # nanoGPT's loop, one row at a time
+        text = idx[row : row + 1]
+        for _ in range(new):
+            logits, _ = model.eval()(text[:, -16:])
+            text = torch.cat((text, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+        assert torch.equal(text[0], cached[row])
+
+
+def test_cache_computes_one_token_a_step_until_the_window_slides(model, monkeypatch):
+    lengths = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda idx, *a, **k: lengths.append(idx.shape[1]) or forward(idx, *a, **k))
+    generate(model, prompt(2, 4), 16)
+    assert lengths == [4] + [1] * 12 + [16] * 3
+
+
+def test_same_seed_same_text(model):
+    def draw(seed, **options):
+        return generate(model, idx, 12, generator=torch.Generator(DEVICE).manual_seed(seed), **options)
+
+    idx = torch.zeros(4, 1, dtype=torch.int64, device=DEVICE)
+    assert torch.equal(draw(1), draw(1))
+    assert torch.equal(draw(1), draw(1, use_cache=False))
+    assert not torch.equal(draw(1), draw(2))
+    assert not torch.equal(draw(1)[0], draw(1)[1])
+
+
+def test_padded_ids_are_never_drawn(model):
+    idx = prompt(64, 2) % 3
+    assert generate(model, idx, 8, temperature=50.0).max() >= 3
+    assert generate(model, idx, 8, temperature=50.0, vocab_size=3).max() < 3
+    assert generate(model, idx, 8, temperature=0, vocab_size=3).max() < 3
+
+
+def test_stop_token_ends_rows(model):
+    idx = prompt(6, 2)
+    steps = []
+    out = generate(model, idx, 40, temperature=5.0, stop=4, on_tokens=steps.append)
+    new = out[:, 2:].tolist()
+    assert len(steps) == len(new[0]) < 40
+    assert [list(row) for row in zip(*steps)] == new
+    for row in new:
+        assert 4 in row
+        assert set(row[row.index(4) :]) == {4}
+    assert any(row.index(4) < len(row) - 1 for row in new)
+
+
+def test_leaves_the_mode_as_it_was(model):
+    for mode in (True, False):
+        model.train(mode)
+        generate(model, prompt(1, 1), 1)
+        assert model.training is mode
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"temperature": -1}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p")],
+)
+def test_options_out_of_range(model, options, name):
+    with pytest.raises(ValueError, match=f"{name}="):
+        generate(model, prompt(1, 1), 1, **options)
+
+
+def test_empty_prompt(model):
+    with pytest.raises(ValueError, match="prompt"):
+        generate(model, prompt(1, 0), 1)
+
+
+LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=2, max_size=12)
+
+
+@given(LOGITS, st.integers(1, 12), st.floats(0.05, 1.0), st.floats(0.2, 3))
+@settings(max_examples=60, deadline=None)
+def test_only_tokens_of_top_k_and_top_p(logits, top_k, top_p, temperature):
+    """Against the definition, token by token, on 300 draws."""
+    exact = torch.tensor(logits, dtype=torch.float64) / temperature
+    kept = [i for i in range(len(logits)) if sum(x > logits[i] for x in logits) < top_k]
+    p = torch.zeros(len(logits), dtype=torch.float64)
+    p[kept] = exact[kept].softmax(0)
+    # Token i stays if the likelier ones fall short of top_p; ties and rounding may count either way.
+    allowed = {i for i in kept if sum(float(q) for q in p if q > p[i]) < top_p + 1e-5}
+    draws = choose(torch.tensor(logits).expand(300, -1), temperature, top_k, top_p)
+    assert set(draws.tolist()) <= allowed
+    best = {i for i, x in enumerate(logits) if x == max(logits)}
+    assert set(draws.tolist()) & best or float(p[list(best)].sum()) < 0.2
+
+
+def test_frequencies_follow_temperature():
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    expected = (logits / 0.7).softmax(0)
+    n = 20000
+    counts = torch.bincount(choose(logits.expand(n, -1), 0.7), minlength=3) / n
+    assert ((counts - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt()).all()  # 5 sigma
+
+
+def test_top_p_keeps_the_token_that_crosses():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(2000, -1)
+    assert set(choose(logits, top_p=0.4).tolist()) == {0}
+    assert set(choose(logits, top_p=0.6).tolist()) == {0, 1}
+    assert set(choose(logits, top_p=0.9).tolist()) == {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def run_dir(model, tmp_path_factory):
+    """A training run of a character model with a padded vocabulary."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    encoder = CharTokenizer("\n abcdé")  # 7 of 11 ids
+    state = {"step": 3, "model": vars(model.config), "config": {"dataset": "nowhere"}, "val_loss": 1.0}
+    path = checkpoint.save(out, 3, checkpoint.model_tensors(model), {}, state)
+    tokenizer.save(encoder, path)
+    tokenizer.save(encoder, out)
+    return out
+
+
+def texts(capsys, *argv):
+    sample.main([*argv, "--device=cpu"])
+    out = capsys.readouterr().out
+    assert out.endswith(f"\n{sample.RULE}\n")
+    return out.split(f"\n{sample.RULE}\n")[:-1]
+
+
+def test_command_prints_samples(run_dir, capsys):
+    made = texts(capsys, f"--out_dir={run_dir}", "--start=ab", "--num_samples=3", "--max_new_tokens=40", "--top_p=0.9")
+    assert [len(text) for text in made] == [42] * 3
+    assert all(text.startswith("ab") and set(text) <= set("\n abcdé") for text in made)
+    assert len(set(made)) == 3
+    assert texts(capsys, f"--out_dir={run_dir / 'step-3'}", "--num_samples=1", "--max_new_tokens=5")[0][0] == "\n"
+
+
+def test_command_reads_the_prompt_from_a_file(run_dir, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("déc", encoding="utf-8")
+    made = texts(
+        capsys, f"--out_dir={run_dir}", f"--start=FILE:{tmp_path / 'prompt.txt'}", "--num_samples=2", "--max_new_tokens=1"
+    )
+    assert [text[:3] for text in made] == ["déc", "déc"]
+
+
+def test_command_stops_at_the_token(run_dir, capsys):
+    options = (f"--out_dir={run_dir}", "--start=b", "--num_samples=20", "--max_new_tokens=60", "--temperature=9")
+    whole, cut = texts(capsys, *options), texts(capsys, *options, "--stop=b")
+    assert [text[0] + text[1:].split("b")[0] for text in whole] == cut
+
+
+def test_greedy_samples_are_equal(run_dir, capsys):
+    made = texts(capsys, f"--out_dir={run_dir}", "--temperature=0", "--num_samples=2", "--max_new_tokens=30")
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--top_p=2", "top_p=2.0"),
+        ("--num_sample=2", "did you mean --num_samples"),
+        ("--start=xyz", "'x'"),
+        ("--start=", "no token"),
+        ("--start=FILE:none.txt", "none.txt"),
+        ("--stop=ab", "stop=ab: is 2 tokens"),
+        ("--init_from=gpt2", "gpt2"),
+        ("--out_dir=/nonexistent", "/nonexistent"),
+    ],
+)
+def test_command_refuses_in_one_line(run_dir, capsys, option, message):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([f"--out_dir={run_dir}", "--device=cpu", option])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_tokenizer_is_found_with_the_data(tmp_path):
+    tokenizer.save(CharTokenizer("xy"), tmp_path)
+    found = sample.find_tokenizer(tmp_path / "out", {"config": {"dataset": str(tmp_path)}})
+    assert found.characters == "xy"
+    with pytest.raises(ValueError, match=r"no tokenizer\.json in it, and dataset=gone"):
+        sample.find_tokenizer(tmp_path / "out", {"config": {"dataset": "gone"}})
+
+
+def test_characters_of_several_tokens_are_printed_whole(capsys):
+    class Bytes:
+        def decode_bytes(self, ids):
+            return bytes(ids)
+
+    stream = sample.Stream(Bytes(), stop=0)
+    shown = []
+    for byte in [*"é𝄞".encode(), 0, 65]:
+        stream.put(byte)
+        shown.append(capsys.readouterr().out)
+    assert shown == ["", "é", "", "", "", "𝄞", "", ""]
