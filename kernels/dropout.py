@@ -10,14 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 
-def draw_seed(device: torch.device, dropout_p: float) -> Tensor | None:
-    """(1,) int64 seed on `device`; None without dropout, which draws nothing from the generator.
-
-    Raises:
-        ValueError: if dropout_p is outside [0, 1).
-    """
+def check_dropout(dropout_p: float) -> None:
+    """ValueError for a probability outside [0, 1)."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p={dropout_p}: expected 0 <= dropout_p < 1")
+
+
+def draw_seed(device: torch.device, dropout_p: float) -> Tensor | None:
+    """(1,) int64 seed on `device`; None without dropout, which draws nothing from the generator."""
     return torch.randint(0, 2**31 - 1, (1,), device=device, dtype=torch.int64) if dropout_p > 0.0 else None
 
 

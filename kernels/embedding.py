@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import configs, dispatch
-from kernels.dropout import draw_seed, dropout_factor
+from kernels.dropout import check_dropout, draw_seed, dropout_factor
 
 HEADS = 16  # partial sums of a long run loaded at a time
 
@@ -265,6 +265,7 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, dropout
         ValueError: for positions beyond wpe, embeddings of different width, dropout_p outside [0, 1).
     """
     _, T = idx.shape
+    check_dropout(dropout_p)
     if not 0 <= offset <= wpe.shape[0] - T:
         raise ValueError(f"embedding: positions {offset}..{offset + T - 1} of {wpe.shape[0]}")
     if wte.shape[1] != wpe.shape[1]:

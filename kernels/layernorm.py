@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import configs, dispatch
-from kernels.dropout import draw_seed, dropout_factor
+from kernels.dropout import check_dropout, draw_seed, dropout_factor
 
 MAX_C = 8192
 
@@ -160,9 +160,9 @@ def fwd_candidates(arch: int) -> Iterator[dict]:
 
 def bwd_candidates(arch: int) -> Iterator[dict]:
     for rows in (1, 2, 4):
-        for warps in (2, 4, 8, 16):
-            for programs in (1, 2, 4, 8):
-                yield {"BLOCK_M": rows, "num_warps": warps, "programs_per_sm": programs}
+        for warps, programs in ((1, (8, 12, 16)), (2, (4, 6, 8, 12)), (4, (2, 3, 4, 5, 6, 8)), (8, (1, 2, 3, 4)), (16, (1, 2))):
+            for n in programs:
+                yield {"BLOCK_M": rows, "num_warps": warps, "programs_per_sm": n}
 
 
 def _forward(x, residual, weight, bias, seed, eps, dropout_p):
@@ -342,6 +342,7 @@ def layer_norm_residual(
         ValueError: for shapes or dtypes that do not fit together, more than 8192 channels, dropout_p outside [0, 1).
     """
     _check(x, weight, bias)
+    check_dropout(dropout_p)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         stream = f"{tuple(residual.shape)} {residual.dtype}"
         raise ValueError(f"layer_norm_residual: x is {tuple(x.shape)} {x.dtype}, the residual stream {stream}")
