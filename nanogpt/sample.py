@@ -71,7 +71,7 @@ def find_tokenizer(out_dir: Path, state: dict[str, Any]) -> Tokenizer:
     for directory in dict.fromkeys((out_dir, run)):
         if found := tokenizer.load(directory):
             return found
-    dataset = state.get("config", {}).get("dataset", "")
+    dataset = state.get("data_dir") or state.get("config", {}).get("dataset", "")
     try:
         found = tokenizer.load(data.find(dataset))
     except ValueError as error:
