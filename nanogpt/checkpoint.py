@@ -1,0 +1,361 @@
+"""Checkpoints that are written whole or not at all, and verified before they are believed.
+
+``OUT/step-N`` holds the state after N updates: model.safetensors, optim.safetensors, state.json, and manifest.json with size
+and sha256 of each of them and of each tensor. It is written under a temporary name, every file and the directory forced to
+disk, the manifest last, and then renamed: a directory called step-N is complete unless its storage damaged it later, which the
+manifest reveals. No pickle anywhere.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt.config import GPTConfig
+from nanogpt.optim import AdamW, LossScale
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MODEL, OPTIM, STATE, MANIFEST = "model.safetensors", "optim.safetensors", "state.json", "manifest.json"
+FILES = (MODEL, OPTIM, STATE)
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
+
+
+# Writing
+
+
+def save(out_dir: Path, step: int, model: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Writes OUT/step-N, replacing one of that name.
+
+    Args:
+        out_dir: directory, made if missing.
+        step: N, completed updates.
+        model, optim: tensors by name, on any device.
+        state: what JSON can hold.
+
+    Returns:
+        The path of OUT/step-N.
+
+    Raises:
+        OSError: naming the path, the bytes needed and the bytes free; earlier checkpoints are as they were.
+    """
+    final = out_dir / f"step-{step}"
+    partial = out_dir / f".partial-step-{step}"
+    manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": {}, "tensors": {}}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, tensors in ((MODEL, model), (OPTIM, optim)):
+            manifest["files"][name], manifest["tensors"][name] = _write_tensors(partial / name, tensors)
+        manifest["files"][STATE] = _write(partial / STATE, [json.dumps(state, allow_nan=False).encode()])
+        _write(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        _sync(partial)
+        if final.exists():  # an unreadable one: it must not stand in the way of its successor
+            discarded = out_dir / f".discarded-step-{step}"
+            shutil.rmtree(discarded, ignore_errors=True)
+            final.rename(discarded)
+        partial.rename(final)
+        _sync(out_dir)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        needed = sum(t.numel() * t.element_size() for tensors in (model, optim) for t in tensors.values())
+        free = shutil.disk_usage(out_dir).free if out_dir.is_dir() else 0
+        message = f"{error.strerror}; the checkpoint needs {needed:,} bytes, {free:,} are free"
+        raise OSError(error.errno, message, str(final)) from error
+    tidy(out_dir)
+    return final
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[dict, dict]:
+    """Writes safetensors' format: length of the header (8 bytes), header (JSON), data. One pass writes and hashes, which the
+    library's writer cannot do. Returns the entries for the manifest."""
+    header, entries, offset = {}, {}, 0
+    for name, t in tensors.items():
+        end = offset + t.numel() * t.element_size()
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+    head += b" " * (-len(head) % 8)
+
+    def chunks() -> Iterable[memoryview | bytes]:
+        yield len(head).to_bytes(8, "little") + head
+        for name, t in tensors.items():
+            data = _bytes(t)
+            entries[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "sha256": hashlib.sha256(data).hexdigest()}
+            yield data
+
+    return _write(path, chunks()), entries
+
+
+def _bytes(t: Tensor) -> memoryview:
+    return memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(path: Path, chunks: Iterable[memoryview | bytes]) -> dict:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def tidy(out_dir: Path) -> None:
+    """Removes what an interrupted save or removal left behind; what cannot be removed is left with a warning."""
+    for pattern in (".partial-step-*", ".discarded-step-*"):
+        for path in out_dir.glob(pattern):
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                log.warning("%s: not removed: %s", path, error.strerror)
+
+
+def remove(out_dir: Path, step: int) -> None:
+    """Takes a checkpoint away under its name first, so that no half of it is ever taken for a whole one."""
+    path, discarded = out_dir / f"step-{step}", out_dir / f".discarded-step-{step}"
+    try:
+        path.rename(discarded)
+    except OSError as error:
+        log.warning("%s: not removed: %s", path, error.strerror)
+        return
+    tidy(out_dir)
+
+
+def prune(out_dir: Path, keep: int) -> None:
+    """Keeps the newest ``keep`` whole checkpoints, the one with the lowest validation loss, and final ones.
+
+    One that is visibly damaged neither counts nor is removed.
+    """
+    whole = {}
+    for step in steps(out_dir):
+        try:
+            _check_sizes(out_dir / f"step-{step}")
+            whole[step] = read_state(out_dir / f"step-{step}")
+        except ValueError as error:
+            log.warning("%s", error)
+    keepers = set(sorted(whole)[-keep:]) | {step for step, state in whole.items() if state.get("final")}
+    keepers |= set(_by_loss(whole)[:1])
+    for step in whole.keys() - keepers:
+        remove(out_dir, step)
+
+
+def _by_loss(states: dict[int, dict]) -> list[int]:
+    """Steps that were evaluated, lowest validation loss first."""
+    known = {step: state["val_loss"] for step, state in states.items() if state.get("val_loss") is not None}
+    return sorted(known, key=lambda step: (known[step], -step))
+
+
+# Reading
+
+
+def steps(out_dir: Path) -> list[int]:
+    """The N of all OUT/step-N, ascending."""
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in out_dir.iterdir()) if out_dir.is_dir() else ()
+    return sorted(int(match[1]) for match in names if match)
+
+
+def verify(path: Path) -> None:
+    """Compares every byte of a checkpoint with its manifest.
+
+    Raises:
+        ValueError: naming the file, and the tensor, that is missing, cut short or altered.
+    """
+    manifest = _check_sizes(path)
+    for name in FILES:
+        with open(path / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != manifest["files"][name]["sha256"]:
+                raise ValueError(f"{path / name}: {_altered(path / name, manifest['tensors'].get(name, {}))}")
+
+
+def _check_sizes(path: Path) -> dict:
+    """The manifest of a checkpoint whose files are all there in their sizes."""
+    manifest = _read_json(path / MANIFEST)
+    try:
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"{path / MANIFEST}: format {manifest['format']}, this release reads {FORMAT}")
+        if f"step-{manifest['step']}" != path.name:
+            raise ValueError(f"{path / MANIFEST}: of step {manifest['step']}")
+        sizes = {name: (manifest["files"][name]["size"], manifest["files"][name]["sha256"])[0] for name in FILES}
+        dict(manifest["tensors"][MODEL]), dict(manifest["tensors"][OPTIM])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / MANIFEST}: not a manifest ({error!r})") from error
+    for name, size in sizes.items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name}: missing")
+        if (path / name).stat().st_size != size:
+            raise ValueError(f"{path / name}: {(path / name).stat().st_size} bytes, {size} were written")
+    return manifest
+
+
+def _altered(path: Path, entries: dict) -> str:
+    """Which part of a file whose hash is wrong differs."""
+    if path.suffix == ".safetensors":
+        try:
+            tensors = load_tensors(path)
+        except ValueError:
+            return "its header was altered"
+        for name, entry in entries.items():
+            if name in tensors and hashlib.sha256(_bytes(tensors[name])).hexdigest() != entry["sha256"]:
+                return f"tensor {name} was altered"
+        return "its header was altered"
+    return "its content was altered"
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; ValueError naming the file where it is none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint."""
+    return _read_json(path / STATE)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def find(out_dir: Path, step: int = 0, best: bool = False) -> Path:
+    """The checkpoint to load: verified, and the newest of those that are. Each one passed over is logged as a warning.
+
+    Args:
+        out_dir: where the OUT/step-N are.
+        step: only this one; 0: any.
+        best: prefer the one with the lowest validation loss.
+
+    Raises:
+        ValueError: where there is none, or none that verifies.
+    """
+    found = steps(out_dir)
+    if not found or (step and step not in found):
+        have = f"it has steps {', '.join(map(str, found))}" if found else "there is none"
+        raise ValueError(f"{out_dir}: no checkpoint{f' step-{step}' if step else ''}; {have}")
+    if step:
+        verify(out_dir / f"step-{step}")
+        return out_dir / f"step-{step}"
+    order = found[::-1]
+    if best:
+        order = list(dict.fromkeys(_by_loss({n: s for n in found if (s := _state_or_none(out_dir / f"step-{n}"))}) + order))
+    for candidate in order:
+        path = out_dir / f"step-{candidate}"
+        try:
+            verify(path)
+            return path
+        except ValueError as error:
+            log.warning("%s; passing over step-%d", error, candidate)
+    raise ValueError(f"{out_dir}: none of its {len(found)} checkpoints can be read")
+
+
+def _state_or_none(path: Path) -> dict[str, Any] | None:
+    """For ranking only: what cannot be read is reported when it is verified."""
+    try:
+        return read_state(path)
+    except ValueError:
+        return None
+
+
+# What a checkpoint of a training run holds
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by nanoGPT's names; the tied lm_head.weight is transformer.wte.weight."""
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def restore_model(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Copies tensors into a model; ValueError naming those that do not fit it."""
+    _restore(model_tensors(model), tensors, source)
+
+
+def optim_tensors(model: nn.Module, optimizer: AdamW, loss_scale: LossScale | None) -> dict[str, Tensor]:
+    """The optimizer's state by ``exp_avg.NAME`` and so on, live tensors."""
+    named = {
+        f"{key}.{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq") for name, p in model.named_parameters()
+    }
+    named["step"] = optimizer.completed
+    if loss_scale is not None:
+        named |= {"loss_scale": loss_scale.value, "loss_scale.good_steps": loss_scale.good_steps}
+    return named
+
+
+def restore_optim(
+    model: nn.Module, optimizer: AdamW, loss_scale: LossScale | None, tensors: dict[str, Tensor], source: Path
+) -> None:
+    """Copies tensors into the optimizer; the loss scale starts anew where another dtype was used before."""
+    wanted = optim_tensors(model, optimizer, loss_scale)
+    scale = {name for name in wanted | tensors if name.startswith("loss_scale")}
+    if not scale <= wanted.keys() & tensors.keys():
+        wanted, tensors = ({n: t for n, t in d.items() if n not in scale} for d in (wanted, tensors))
+    _restore(wanted, tensors, source)
+
+
+@torch.no_grad()
+def _restore(into: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
+    for name in into.keys() ^ tensors.keys():
+        raise ValueError(f"{source}: tensor {name} is {'missing' if name in into else 'none of this model'}")
+    for name, t in into.items():
+        if t.shape != tensors[name].shape:
+            raise ValueError(f"{source}: tensor {name} has shape {tuple(tensors[name].shape)}, the model {tuple(t.shape)}")
+        t.copy_(tensors[name])
+
+
+def load_model(path: Path | str, device: torch.device | str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    """A trained model for sampling or evaluation.
+
+    Args:
+        path: a checkpoint, OUT/step-N, or an output directory, of which the checkpoint with the lowest validation loss is
+            taken, the newest where none was evaluated.
+        device, dtype: where the model computes, and in what.
+
+    Returns:
+        (GPT in evaluation mode, the checkpoint's state.json).
+
+    Raises:
+        ValueError: where no checkpoint can be read.
+    """
+    from nanogpt.model import GPT
+
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        verify(path)
+    else:
+        path = find(path, best=True)
+    state = read_state(path)
+    model = GPT(GPTConfig(**state["model"]), dtype).to(device)
+    restore_model(model, load_tensors(path / MODEL), path / MODEL)
+    return model.eval(), state

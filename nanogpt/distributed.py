@@ -1,0 +1,230 @@
+"""Processes and devices: where this process runs, how gradients are averaged, what the ranks tell each other.
+
+Started by torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE; without it, a world of one process.
+"""
+
+import base64
+import os
+import random
+import signal
+import time
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nanogpt.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """The one process that prints and writes."""
+        return self.rank == 0
+
+
+def init(config: TrainConfig) -> World:
+    """Joins the process group, if there is one, and picks this process's device.
+
+    Raises:
+        ValueError: for a device that is not there, or a backend that cannot serve it.
+    """
+    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in ENVIRONMENT)
+    device = pick_device(config.device, local_rank, size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        backend = config.backend
+        if backend == "auto":
+            backend = "nccl" if device.type == "cuda" else "gloo"
+        if backend == "nccl" and device.type != "cuda":
+            raise ValueError(f"backend=nccl: serves GPUs only, and device is {device.type}; use --backend=gloo")
+        dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+    return World(rank, local_rank, size, device)
+
+
+ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
+    """The device behind ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; with several processes, each its own GPU.
+
+    Raises:
+        ValueError: where it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device=mps: not available in torch {torch.__version__} on this machine")
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ValueError(f"device={name}: torch {torch.__version__} sees no GPU; use --device=cpu")
+    if ":" in name and size > 1:
+        raise ValueError(f"device={name}: {size} processes cannot share one GPU; use --device=cuda")
+    index = int(name[5:]) if ":" in name else local_rank
+    if index >= count:
+        raise ValueError(f"device=cuda:{index}: there are {count} GPUs here, numbered from 0")
+    return torch.device("cuda", index)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype behind ``auto``, ``float32``, ``bfloat16`` or ``float16`` on a device."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def wrap(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
+    """Averages the gradients over the ranks: in bf16 between GPUs, whose links are the bottleneck, unless dtype is fp32."""
+    if world.size == 1:
+        return model
+    cuda = world.device.type == "cuda"
+    ddp = nn.parallel.DistributedDataParallel(
+        model, device_ids=[world.device.index] if cuda else None, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    if cuda and dtype != torch.float32:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        ddp.register_comm_hook(None, bf16_compress_hook)
+    return ddp
+
+
+def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
+    """Around forward and backward of a micro-step: only the last one of an update exchanges gradients."""
+    if enabled or not isinstance(model, nn.parallel.DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value: Any, world: World) -> list[Any]:
+    """What every rank passes, in the order of ranks, on every rank."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """This process's random states as JSON can hold them: python, numpy, torch, and the device's."""
+    version, words, gauss = random.getstate()
+    state = np.random.get_state(legacy=False)
+    rng = {
+        "python": [version, list(words), gauss],
+        "numpy": state | {"state": {"key": state["state"]["key"].tolist(), "pos": state["state"]["pos"]}},
+        "torch": _encode(torch.get_rng_state()),
+    }
+    if device.type in ("cuda", "mps"):
+        module = getattr(torch, device.type)
+        rng[device.type] = _encode(module.get_rng_state())
+    return rng
+
+
+def restore_rng(rng: dict[str, Any], device: torch.device) -> None:
+    version, words, gauss = rng["python"]
+    random.setstate((version, tuple(words), gauss))
+    state = rng["numpy"]
+    key = np.array(state["state"]["key"], dtype=np.uint32)
+    np.random.set_state(state | {"state": {"key": key, "pos": state["state"]["pos"]}})
+    torch.set_rng_state(_decode(rng["torch"]))
+    if device.type in rng:
+        getattr(torch, device.type).set_rng_state(_decode(rng[device.type]))
+
+
+def _encode(t: Tensor) -> str:
+    return base64.b64encode(t.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+class Readback:
+    """Scalars of every step, averaged over the ranks and read by the host one step late on a GPU, so that it never waits for
+    the step that runs.
+
+    >>> values = readback.push(it, torch.stack([loss, norm]))  # of step it - 1; [] at first
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self.lag = 1 if world.device.type == "cuda" else 0
+        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, it: int, values: Tensor) -> list[tuple[int, list[float]]]:
+        """Hands in step it's values, a new fp32 device tensor (n,); returns the steps that have arrived meanwhile."""
+        total(values)
+        event = None
+        if self.lag:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            values = host
+        self.pending.append((it, values, event))
+        return self._arrived(self.lag)
+
+    def flush(self) -> list[tuple[int, list[float]]]:
+        """Waits for the rest."""
+        return self._arrived(0)
+
+    def _arrived(self, left: int) -> list[tuple[int, list[float]]]:
+        steps = []
+        while len(self.pending) > left:
+            it, values, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            steps.append((it, [v / self.world.size for v in values.tolist()]))
+        return steps
+
+
+class StopRequest:
+    """Notes that the process was asked to stop (SIGTERM, SIGUSR1, Ctrl-C); the loop saves and ends at the next step.
+
+    The handler only sets a flag. A second signal ends the process at once, unless it comes within a second of the first: a
+    scheduler that signals torchrun's whole process group reaches each worker twice, directly and through the agent.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self):
+        self.signal = 0
+        self._at = 0.0
+        for number in self.SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self._at = number, now
+        elif now - self._at > 1.0:
+            os._exit(128 + number)
+
+    def __bool__(self) -> bool:
+        return self.signal != 0

@@ -1,0 +1,349 @@
+"""What a run tells about itself: speed, MFU, the GPU's sensors; to the terminal, OUT/metrics.jsonl and trackers.
+
+MFU (model FLOPs utilisation) is printed under two names, because projects count differently: `mfu` as nanoGPT and PaLM do, 6N
++ 12 L C T FLOPs a token, and `mfu_causal` with half the attention, 6N + 6 L C T. Of a GPU whose peak is not known, neither.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from nanogpt.config import TrainConfig
+
+# Dense 16-bit FLOP/s with fp32 accumulation, from NVIDIA's data sheets; TF32 has half of it from Ampere (2020) on.
+PEAKS = {
+    r"NVIDIA B200.*": 2250e12,
+    r"NVIDIA H200 NVL": 835e12,
+    r"NVIDIA (H200|GH200).*": 989e12,
+    r"NVIDIA H100 NVL": 835e12,
+    r"NVIDIA H100 PCIe": 756e12,
+    r"NVIDIA H100 80GB HBM3": 989e12,
+    r"NVIDIA A100.*": 312e12,
+    r"NVIDIA L40S": 362e12,
+    r"NVIDIA L40": 181e12,
+    r"NVIDIA L4": 121e12,
+    r"NVIDIA A40": 149.7e12,
+    r"NVIDIA A10": 125e12,
+    r"NVIDIA RTX A6000": 154.8e12,
+    r"NVIDIA GeForce RTX 5090": 209.5e12,
+    r"NVIDIA GeForce RTX 4090": 165.2e12,
+    r"NVIDIA GeForce RTX 3090": 71e12,
+    r"Tesla V100-SXM.*": 125e12,
+    r"Tesla V100-PCIE.*": 112e12,
+    r"Tesla T4": 65e12,
+}
+BEFORE_AMPERE = ("Tesla",)  # float16 only
+
+
+def peak_flops(name: str, dtype: torch.dtype) -> float | None:
+    """The peak FLOP/s of a GPU by torch's name for it; None where it is not known, which is never guessed."""
+    for pattern, peak in PEAKS.items():
+        if re.fullmatch(pattern, name):
+            if name.startswith(BEFORE_AMPERE):
+                return peak if dtype == torch.float16 else None
+            return peak / 2 if dtype == torch.float32 else peak
+    return None
+
+
+class Throughput:
+    """Time per step and what follows from it. Evaluations and saves are left out by :meth:`start` after them.
+
+    Args:
+        tokens: a step, over all processes.
+        flops, flops_causal: per token.
+        peak: FLOP/s of all devices together, None where not known.
+    """
+
+    def __init__(
+        self, tokens: int, flops: int, flops_causal: int, peak: float | None, clock: Callable[[], float] | None = None
+    ):
+        self.tokens, self.flops, self.flops_causal, self.peak = tokens, flops, flops_causal, peak
+        self.clock = clock or time.perf_counter
+        self.steps, self.seconds = 0, 0.0
+        self.start()
+
+    def start(self) -> None:
+        self.last = self.clock()
+
+    def step(self) -> None:
+        """A step has ended."""
+        now = self.clock()
+        self.seconds += now - self.last
+        self.steps += 1
+        self.last = now
+
+    def rates(self) -> dict[str, float]:
+        """ms a step, tokens_per_s, mfu and mfu_causal as fractions, over the steps since the last call."""
+        seconds = self.seconds / self.steps
+        rates = {"ms": seconds * 1e3, "tokens_per_s": self.tokens / seconds}
+        if self.peak:
+            rates["mfu"] = rates["tokens_per_s"] * self.flops / self.peak
+            rates["mfu_causal"] = rates["tokens_per_s"] * self.flops_causal / self.peak
+        self.steps, self.seconds = 0, 0.0
+        return rates
+
+
+class Telemetry:
+    """The sensors of one GPU, read every second in a thread through NVML (nvidia-ml-py).
+
+    Args:
+        device: whose.
+        nvml: the module pynvml; another in tests.
+        interval: seconds between readings.
+
+    Attributes:
+        missing: why there is nothing to read; empty if there is.
+    """
+
+    def __init__(self, device: torch.device, nvml: ModuleType | None = None, interval: float = 1.0):
+        self.samples: list[dict[str, float]] = []
+        self._lock, self._stop, self._thread = threading.Lock(), threading.Event(), None
+        self.missing = self._open(device, nvml)
+        if not self.missing:
+            self._thread = threading.Thread(target=self._poll, args=(interval,), name="telemetry", daemon=True)
+            self._thread.start()
+
+    def _open(self, device: torch.device, nvml: ModuleType | None) -> str:
+        if device.type != "cuda":
+            return f"none for device {device.type}"
+        if nvml is None:
+            try:
+                import pynvml as nvml
+            except ImportError:
+                return "nvidia-ml-py is not installed"
+        self.nvml = nvml
+        try:
+            nvml.nvmlInit()
+            # NVML numbers all GPUs of the machine, torch those of CUDA_VISIBLE_DEVICES
+            self.handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        except nvml.NVMLError as error:
+            return str(error)
+        return ""
+
+    def _poll(self, interval: float) -> None:
+        while not self._stop.wait(interval):
+            sample = self._sample()
+            with self._lock:
+                self.samples.append(sample)
+
+    def _sample(self) -> dict[str, float]:
+        nvml, handle = self.nvml, self.handle
+        sensors = {
+            "gpu_util": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,  # percent
+            "gpu_memory_gib": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30,
+            "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            "gpu_temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            "gpu_sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+        }
+        sample = {}
+        for name, read in sensors.items():
+            try:
+                sample[name] = float(read())
+            except nvml.NVMLError:  # a sensor that this GPU lacks
+                continue
+        return sample
+
+    def read(self) -> dict[str, float]:
+        """The mean of each sensor since the last call; empty where nothing was measured."""
+        with self._lock:
+            samples, self.samples = self.samples, []
+        names = {name for sample in samples for name in sample}
+        values = {name: [sample[name] for sample in samples if name in sample] for name in sorted(names)}
+        return {name: sum(v) / len(v) for name, v in values.items()}
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self.nvml.nvmlShutdown()
+
+
+class MetricsFile:
+    """OUT/metrics.jsonl: one JSON object a line, each with its `kind`: start, train, eval or end.
+
+    Args:
+        path: the file; continued if it exists.
+        start: the update the run (re)starts with; what an earlier run logged beyond it is dropped, since it happens again.
+        evaluated: whether the evaluation before that update was done already.
+    """
+
+    def __init__(self, path: Path, start: int, evaluated: bool):
+        kept = [line for line in path.read_text().splitlines() if _precedes(line, start, evaluated)] if path.exists() else []
+        partial = path.with_name(f".{path.name}")
+        partial.write_text("".join(line + "\n" for line in kept if start))
+        os.replace(partial, path)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps({k: _plain(v) for k, v in record.items()}, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _precedes(line: str, start: int, evaluated: bool) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False  # cut short by a crash
+    if record["kind"] == "train":
+        return record["iter"] < start
+    return record["iter"] < start + (record["kind"] != "eval" or evaluated)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as strings, which float() reads."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Console:
+    """Lines on stdout; on a terminal, a progress bar below them."""
+
+    def __init__(self, start: int, end: int):
+        self.progress = None
+        if sys.stdout.isatty():
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self.progress = Progress(*columns, transient=True)
+            self.task = self.progress.add_task("training", completed=start, total=end)
+            self.progress.start()
+
+    def print(self, line: str) -> None:
+        if self.progress is None:
+            print(line, flush=True)
+        else:
+            self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, done: int) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=done)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def trackers(config: TrainConfig, out_dir: Path) -> list[Callable[[dict[str, float], int], None]]:
+    """Functions that take scalars by name and the update they belong to: TensorBoard's and W&B's, where asked for.
+
+    Raises:
+        ValueError: where a package is not installed.
+    """
+    found = []
+    if config.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("tensorboard=True: not installed; pip install tensorboard") from error
+        writer = SummaryWriter(str(out_dir / "tensorboard"))
+        found.append(lambda values, it: [writer.add_scalar(name, value, it) for name, value in values.items()])
+    if config.wandb_log:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("wandb_log=True: not installed; pip install wandb") from error
+        run = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config), dir=str(out_dir))
+        found.append(lambda values, it: run.log(values, step=it))
+    return found
+
+
+class Monitor:
+    """Everything that the main process reports; one call for each kind of news.
+
+    Args:
+        config: of the run.
+        device: of this process.
+        throughput: counts the steps.
+        start: the first update of this run.
+        evaluated: whether the evaluation before it was done by an earlier run.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, throughput: Throughput, start: int, evaluated: bool):
+        self.config, self.device, self.throughput = config, device, throughput
+        out_dir = Path(config.out_dir)
+        self.trackers = trackers(config, out_dir)
+        self.telemetry = Telemetry(device)
+        # An evaluation alone leaves the record of the training as it is
+        self.metrics = None if config.eval_only else MetricsFile(out_dir / "metrics.jsonl", start, evaluated)
+        self._record("start", start, {})
+        self.console = Console(start, config.max_iters)
+
+    def train(self, it: int, loss: float, norm: float, lr: float) -> None:
+        """After update ``it``; reported every log_interval, and whenever the update was skipped."""
+        self.throughput.step()
+        self.console.advance(it + 1)
+        skipped = not math.isfinite(norm)
+        if it % self.config.log_interval and not skipped:
+            return
+        rates, gpu = self.throughput.rates(), self.telemetry.read()
+        if self.device.type == "cuda":
+            gpu["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        if gpu.get("gpu_power_w"):
+            world = int(os.environ.get("WORLD_SIZE", "1"))
+            gpu["tokens_per_joule"] = rates["tokens_per_s"] / world / gpu["gpu_power_w"]
+        eta = (self.config.max_iters - it - 1) * rates["ms"] / 1e3
+        values = {"loss": loss, "lr": lr, "grad_norm": norm, **rates, **gpu, "eta_s": eta}
+        tokens = (it + 1) * self.throughput.tokens
+        self._record("train", it, values | {"tokens": tokens})
+        mfu = f"{rates['mfu']:.2%}, causal {rates['mfu_causal']:.2%}" if "mfu" in rates else "n/a"
+        line = f"iter {it}: loss {loss:.4f}, time {rates['ms']:.2f}ms, mfu {mfu}, lr {lr:.2e}, norm {norm:.3f}"
+        line += f", {rates['tokens_per_s']:,.0f} tok/s"
+        for name, form in (("peak_memory_gib", "{:.1f}GiB"), ("gpu_power_w", "{:.0f}W"), ("gpu_temperature_c", "{:.0f}C")):
+            if name in gpu:
+                line += ", " + form.format(gpu[name])
+        self.print(f"{line}, eta {duration(eta)}" + (": not finite, update skipped" if skipped else ""))
+
+    def evaluation(self, it: int, losses: dict[str, float]) -> None:
+        self._record("eval", it, {f"{split}_loss": loss for split, loss in losses.items()})
+        self.print(f"step {it}: " + ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items()))
+
+    def print(self, line: str) -> None:
+        self.console.print(line)
+
+    def close(self, it: int, state: str) -> None:
+        self._record("end", it, {"state": state})
+        if self.metrics:
+            self.metrics.close()
+        self.telemetry.close()
+        self.console.close()
+
+    def _record(self, kind: str, it: int, values: dict[str, Any]) -> None:
+        if self.metrics:
+            self.metrics.write({"kind": kind, "iter": it, "time": time.time(), **values})
+        scalars = {f"{kind}/{name}": value for name, value in values.items() if not isinstance(value, str)}
+        for log in self.trackers if scalars else ():
+            log(scalars, it)
+
+
+def duration(seconds: float) -> str:
+    """72.4 -> 1m12s; at most two units."""
+    seconds = round(seconds)
+    for size, unit, smaller, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // smaller:02d}{small_unit}"
+    return f"{seconds}s"

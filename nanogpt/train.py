@@ -1,0 +1,365 @@
+"""Trains a GPT, from scratch or from where an earlier run stopped.
+
+    python -m nanogpt.train shakespeare_cpu
+    python -m nanogpt.train my_config.py --learning_rate=1e-3 --init_from=resume
+    torchrun --standalone --nproc_per_node=8 -m nanogpt.train train_gpt2
+
+B batch_size, T block_size. An iteration is one update: gradient_accumulation_steps micro-steps of B sequences of T tokens,
+shared out among the processes.
+"""
+
+import json
+import math
+import os
+import random
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from nanogpt.config import TrainConfig, fail, parse
+
+if __name__ == "__main__":
+    CONFIG = parse(TrainConfig, prog="train")  # ahead of the heavy imports, so that a mistake is answered at once
+
+import numpy as np
+import torch
+from torch import nn
+
+from kernels import dispatch
+from nanogpt import checkpoint, distributed, monitor, tokenizer
+from nanogpt.data import find
+from nanogpt.data.loader import Loader, eval_batches
+from nanogpt.data.shards import SPLITS, open_dataset
+from nanogpt.model import GPT
+from nanogpt.optim import AdamW, LossScale, learning_rate
+
+
+@dataclass
+class Run:
+    """All that a run consists of; what a checkpoint restores are `it` and below, the weights, the optimizer and the loader."""
+
+    config: TrainConfig
+    world: distributed.World
+    data_dir: Path
+    loader: Loader
+    model: GPT  # the parameters
+    compiled: nn.Module  # what evaluates: the model, or torch.compile of it
+    wrapped: nn.Module  # what trains: the former, in DDP where there are several processes
+    optimizer: AdamW
+    loss_scale: LossScale | None  # fp16 only
+    it: int = 0  # updates done
+    evaluated: int = -1  # the `it` of the last evaluation
+    val_loss: float = math.nan  # of the last evaluation
+    best_val_loss: float = math.inf
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.config.out_dir)
+
+    @property
+    def tokens_per_update(self) -> int:
+        return self.config.gradient_accumulation_steps * self.config.batch_size * self.config.block_size
+
+
+def setup(config: TrainConfig) -> Run:
+    """Builds the run, and restores it where it resumes.
+
+    Raises:
+        ValueError: for what the user can set right; one line.
+    """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")  # TF32
+    dispatch.use(config.kernels)
+    world = distributed.init(config)
+    dtype = distributed.pick_dtype(config.dtype, world.device)
+
+    path = starting_checkpoint(config, world)
+    state = checkpoint.read_state(path) if path else {}
+    if path:  # the shape of the network comes from the checkpoint
+        shape = {key: value for key, value in state["model"].items() if hasattr(config, key)}
+        config = replace(config, **shape)
+
+    seed = config.seed + world.rank
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    data_dir = find(config.dataset)
+    loader = Loader(
+        data_dir,
+        split="train",
+        batch_size=config.batch_size,
+        block_size=config.block_size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        sampling=config.sampling,
+        device=world.device,
+    )
+    shape = config.model(loader.vocab_size)
+    if loader.vocab_size == 50257:  # as nanoGPT: a width that GEMMs like
+        shape = replace(shape, vocab_size=50304, real_vocab_size=50257)
+    model = GPT(shape, dtype).to(world.device)
+    optimizer = AdamW(
+        model.decay_groups(), lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+    )
+    loss_scale = LossScale(world.device) if dtype == torch.float16 else None
+    compiled = torch.compile(model) if config.compile else model
+    wrapped = distributed.wrap(compiled, world, dtype)
+    run = Run(config, world, data_dir, loader, model, compiled, wrapped, optimizer, loss_scale)
+    if path:
+        restore(run, path, state)
+    return run
+
+
+def starting_checkpoint(config: TrainConfig, world: distributed.World) -> Path | None:
+    """The verified checkpoint to continue from; None to start from scratch, in a directory that holds no other run."""
+    out_dir = Path(config.out_dir)
+    existing = checkpoint.steps(out_dir)
+    # After a crash torchrun starts the same command again, which must then continue
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and bool(existing)
+    if config.init_from == "resume" or config.resume or restarted:
+        found = None
+        if world.main:  # alone, so that the files are read once; the others learn what came of it
+            try:
+                found = checkpoint.find(out_dir, config.resume)
+            except ValueError as error:
+                found = error
+        found = distributed.gather(found, world)[0]
+        if isinstance(found, ValueError):
+            raise found
+        return found
+    if existing and not config.eval_only:
+        if not config.overwrite:
+            raise ValueError(
+                f"out_dir={out_dir}: holds step-{existing[-1]} of another run: continue it with --init_from=resume, "
+                "delete it with --overwrite=True, or choose another --out_dir"
+            )
+        distributed.gather(None, world)  # every rank has looked
+        for step in existing if world.main else ():
+            checkpoint.remove(out_dir, step)
+    return None
+
+
+def restore(run: Run, path: Path, state: dict) -> None:
+    """Puts a run into the state of a checkpoint."""
+    checkpoint.restore_model(run.model, checkpoint.load_tensors(path / checkpoint.MODEL), path / checkpoint.MODEL)
+    tensors = checkpoint.load_tensors(path / checkpoint.OPTIM)
+    checkpoint.restore_optim(run.model, run.optimizer, run.loss_scale, tensors, path / checkpoint.OPTIM)
+    run.loader.load_state(state["loader"])
+    run.it, run.evaluated = state["iter"], state["evaluated"]
+    run.val_loss, run.best_val_loss = (
+        math.nan if state["val_loss"] is None else state["val_loss"],
+        math.inf if state["best_val_loss"] is None else state["best_val_loss"],
+    )
+    if len(state["rng"]) == run.world.size:
+        distributed.restore_rng(state["rng"][run.world.rank], run.world.device)
+    else:  # dropout draws anew; the data order goes on
+        torch.manual_seed(run.config.seed + run.world.rank + run.it)
+    if run.world.main:
+        now = asdict(run.config)
+        ignored = {"init_from", "resume", "overwrite", "out_dir", *state["model"]}
+        changed = [f"{key} {old} -> {now[key]}" for key, old in state["config"].items() if now.get(key, old) != old]
+        changed = [text for text in changed if text.split()[0] not in ignored]
+        print(f"resuming from {path}" + (f"; changed: {', '.join(changed)}" if changed else ""), flush=True)
+
+
+def save(run: Run, status: str) -> bool:
+    """Writes OUT/step-N; all ranks take part, the main one writes. False where that failed: earlier ones are intact."""
+    rng = distributed.gather(distributed.rng_state(run.world.device), run.world)
+    if not run.world.main:
+        return True
+    state = {
+        "iter": run.it,
+        "tokens": run.it * run.tokens_per_update,
+        "status": status,
+        "final": status == "finished",
+        "evaluated": run.evaluated,
+        "val_loss": run.val_loss if run.evaluated == run.it and math.isfinite(run.val_loss) else None,
+        "best_val_loss": run.best_val_loss if math.isfinite(run.best_val_loss) else None,
+        "config": asdict(run.config),
+        "model": asdict(run.model.config),
+        "loader": run.loader.state(),
+        "data_dir": str(run.data_dir.absolute()),
+        "rng": rng,
+        "torch": torch.__version__,
+        "time": time.time(),
+    }
+    optim = checkpoint.optim_tensors(run.model, run.optimizer, run.loss_scale)
+    try:
+        checkpoint.save(run.out_dir, run.it, checkpoint.model_tensors(run.model), optim, state)
+    except OSError as error:
+        checkpoint.log.warning("checkpoint not written: %s", error)
+        return False
+    checkpoint.prune(run.out_dir, run.config.keep_checkpoints)
+    return True
+
+
+@torch.no_grad()
+def evaluate(run: Run, stop: bool) -> tuple[dict[str, float], bool]:
+    """Mean loss of each split over its fixed set of windows, which the ranks share; and whether any rank wants to stop."""
+    splits = [split for split in SPLITS if open_dataset(run.data_dir).splits.get(split)]
+    sums = torch.zeros(len(splits) + 1, 2, device=run.world.device)  # loss * windows, windows; the last row is the vote
+    run.model.eval()
+    for row, split in zip(sums, splits, strict=False):
+        c = run.config
+        sizes = c.batch_size, c.block_size, c.eval_iters, run.world.rank, run.world.size
+        for x, y in eval_batches(run.data_dir, split, *sizes, run.world.device):
+            _, loss = run.compiled(x, y)
+            row += torch.stack([loss * len(x), torch.full_like(loss, len(x))])
+    run.model.train()
+    sums[-1] += stop
+    *rows, vote = distributed.total(sums).tolist()
+    return {split: loss / count for split, (loss, count) in zip(splits, rows, strict=True)}, vote[0] > 0
+
+
+def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) -> str:
+    """The loop: exactly max_iters updates, the last one evaluated and saved.
+
+    Args:
+        log: on the main process.
+        stop: true once the process was asked to end.
+
+    Returns:
+        "finished", "preempted" (asked to stop, and saved), "evaluated" (eval_only), or "failed": the last save did not succeed.
+    """
+    config, world, model, optimizer, loss_scale = run.config, run.world, run.wrapped, run.optimizer, run.loss_scale
+    accumulation = config.gradient_accumulation_steps // world.size
+    readback = distributed.Readback(world)
+    votes = torch.zeros(2, device=world.device)  # of any rank to stop, of the main one to save
+    last_save = time.monotonic()
+
+    def report(steps: list[tuple[int, list[float]]]) -> tuple[bool, bool]:
+        """Logs the steps that have arrived from the device; (stop, save) as voted in them."""
+        for it, (loss, norm, *_) in steps:
+            if log:
+                log.train(it, loss, norm, learning_rate(it, config))
+        return any(values[2] for _, values in steps), any(values[3] for _, values in steps)
+
+    def finish_step(status: str = "running") -> bool:
+        nonlocal last_save
+        report(readback.flush())
+        saved = save(run, status)
+        votes.zero_()
+        last_save = time.monotonic()
+        if log:
+            log.throughput.start()
+        return saved
+
+    while True:
+        done = run.it == config.max_iters
+        if (run.it % config.eval_interval == 0 or done) and run.evaluated != run.it:
+            report(readback.flush())
+            losses, stopping = evaluate(run, bool(stop))
+            run.evaluated, run.val_loss = run.it, losses.get("val", math.nan)
+            improved = run.val_loss < run.best_val_loss
+            run.best_val_loss = min(run.val_loss, run.best_val_loss) if improved else run.best_val_loss
+            if log:
+                log.evaluation(run.it, losses)
+                log.throughput.start()
+            if config.eval_only:
+                return "evaluated"
+            if stopping and not done:
+                return "preempted" if finish_step("preempted") else "failed"
+            if not done and run.it > 0 and (improved or config.always_save_checkpoint):
+                finish_step()
+        if done:
+            return "finished" if finish_step("finished") else "failed"
+
+        optimizer.set_lr(learning_rate(run.it, config))
+        mean_loss = torch.zeros((), device=world.device)
+        for micro_step in range(accumulation):
+            x, y = next(run.loader)  # (B, T)
+            with distributed.gradient_sync(model, micro_step == accumulation - 1):
+                _, loss = model(x, y)
+                loss = loss / accumulation
+                (loss if loss_scale is None else loss * loss_scale.value).backward()
+            mean_loss += loss.detach()
+        norm = optimizer.step(config.grad_clip, loss_scale)
+        run.it += 1
+
+        if stop:
+            votes[0] = 1
+        if world.main and config.checkpoint_minutes and time.monotonic() - last_save > config.checkpoint_minutes * 60:
+            votes[1] = 1
+        arrived = readback.push(run.it - 1, torch.cat([torch.stack([mean_loss, norm]), votes]))
+        stopping, saving = report(arrived)
+        if stopping:
+            return "preempted" if finish_step("preempted") else "failed"
+        if saving:
+            finish_step()
+
+
+def banner(run: Run, peak: float | None) -> str:
+    """What the run is about to do, and with what."""
+    config, world, device = run.config, run.world, run.world.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    data = open_dataset(run.data_dir)
+    counts = ", ".join(f"{split} {data.count(split):,}" for split in SPLITS if data.splits.get(split))
+    c = run.model.config
+    lines = [
+        f"device: {device} ({name}), {str(run.model.dtype).removeprefix('torch.')}, {world.size} process(es), "
+        f"torch {torch.__version__}{', deterministic' if config.deterministic else ''}{', compiled' if config.compile else ''}",
+        f"model: {run.model.parameter_count() / 1e6:.2f}M parameters, {c.n_layer} layers, {c.n_head} heads, "
+        f"{c.n_embd} channels, vocabulary {c.vocab_size}, {c.gelu} GELU",
+        f"data: {run.data_dir}, tokens: {counts}, sampling: {config.sampling}",
+        f"tokens per update: {run.tokens_per_update:,} = {config.gradient_accumulation_steps} micro-steps x "
+        f"{config.batch_size} sequences x {config.block_size} tokens; updates: {run.it} to {config.max_iters:,}",
+    ]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for op, choice in dispatch.explain(device.type).items():
+        groups.setdefault(choice, []).append(op)
+    lines += [f"kernels: {backend}: {', '.join(ops)} ({reason})" for (backend, reason), ops in groups.items()]
+    if peak is None:
+        lines.append(f"mfu: n/a, the peak of {name} is not in the table; --peak_flops=F sets it")
+    return "\n".join(lines)
+
+
+def write_status(run: Run, state: str) -> None:
+    """OUT/status.json: running, finished, preempted or failed. Exit codes do not tell, since torchrun replaces them."""
+    partial = run.out_dir / ".status.json"
+    partial.write_text(json.dumps({"state": state, "iter": run.it, "time": time.time()}) + "\n")
+    os.replace(partial, run.out_dir / "status.json")
+
+
+def main(config: TrainConfig) -> int:
+    """Runs a whole training; the exit code: 0, 1 where it failed, 2 (by SystemExit) where the user can set it right."""
+    stop = distributed.StopRequest()
+    log = None
+    try:
+        run = setup(config)
+        config, world, model = run.config, run.world, run.model
+        if world.main:
+            run.out_dir.mkdir(parents=True, exist_ok=True)
+            peak = config.peak_flops or None
+            if peak is None and world.device.type == "cuda":
+                peak = monitor.peak_flops(torch.cuda.get_device_name(world.device), model.dtype)
+            flops = model.flops_per_token(causal=False), model.flops_per_token(causal=True)
+            throughput = monitor.Throughput(run.tokens_per_update, *flops, peak and peak * world.size)
+            log = monitor.Monitor(config, world.device, throughput, run.it, run.evaluated == run.it)
+            log.print(banner(run, peak))
+            if log.telemetry.missing:
+                log.print(f"GPU sensors: {log.telemetry.missing}")
+            if not config.eval_only:
+                checkpoint.tidy(run.out_dir)
+                tokenizer.save_beside(run.data_dir, run.out_dir)
+                write_status(run, "running")
+    except ValueError as error:
+        fail(error, "train")
+    state = "failed"
+    try:
+        state = train(run, log, stop)
+    finally:
+        if log:
+            if not config.eval_only:
+                write_status(run, state)
+            log.print(f"{state} after {run.it} updates; {run.out_dir}")
+            log.close(run.it, state)
+    run.loader.close()
+    distributed.shutdown()
+    return 1 if state == "failed" else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(CONFIG))
