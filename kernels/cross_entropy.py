@@ -45,15 +45,15 @@ def linear_cross_entropy_ref(
 
 @triton.jit
 def _accumulate(x, m, s):
-    """Each lane's running maximum m and sum s of exp2(x - m), with one exponential: of the usual two one is exp2(0)."""
+    """Each lane's running maximum m and sum s of exp(x - m), with one exponential: of the usual two one is exp(0)."""
     above = x - m
-    e = tl.exp2(-tl.abs(above))
+    e = tl.exp2(-tl.abs(above) * LOG2E)
     return tl.maximum(m, x), tl.where(above > 0, s * e + 1.0, s + e)
 
 
 @triton.jit
-def _gradient(x, lse, cols, target):
-    return tl.exp2(x.to(tl.float32) * LOG2E - lse) - tl.where(cols == target, 1.0, 0.0)
+def _gradient(x, row_max, log2_sum, cols, target):
+    return tl.exp2((x.to(tl.float32) - row_max) * LOG2E - log2_sum) - tl.where(cols == target, 1.0, 0.0)
 
 
 @triton.jit
@@ -85,28 +85,28 @@ def _cross_entropy_kernel(
         s = tl.zeros((BLOCK_V,), tl.float32)
         for start in range(0, end, BLOCK_V):
             x = tl.load(logits_ptr + start + offs_v).to(tl.float32)
-            m, s = _accumulate(x * LOG2E, m, s)
+            m, s = _accumulate(x, m, s)
         for start in range(end, V, BLOCK_V):
             cols = start + offs_v
             x = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32)
-            m, s = _accumulate(x * LOG2E, m, s)
+            m, s = _accumulate(x, m, s)
         row_max = tl.max(m, 0)
-        lse = row_max + tl.log2(tl.sum(s * tl.exp2(m - row_max), 0))  # base 2
+        log2_sum = tl.log2(tl.sum(s * tl.exp2((m - row_max) * LOG2E), 0))
 
         # A target outside the vocabulary makes the loss NaN instead of reading another row.
         inside = (target >= 0) & (target < vocab_size)
         x_target = tl.load(logits_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
-        tl.store(losses_ptr + row, lse * LN2 - x_target)
+        tl.store(losses_ptr + row, row_max - x_target + log2_sum * LN2)
         if WRITE_GRAD:
             tl.debug_barrier()  # every warp has read the target's logit
             for start in range(end, V, BLOCK_V):
                 cols = start + offs_v
                 x = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf"))
-                dx = _gradient(x, lse, cols, target)  # 0 in padded columns
+                dx = _gradient(x, row_max, log2_sum, cols, target)  # 0 in padded columns
                 tl.store(logits_ptr + cols, dx.to(logits_ptr.dtype.element_ty), mask=cols < V)
             for start in range(0, end, BLOCK_V):
                 cols = end - BLOCK_V - start + offs_v  # backwards: what was read last is still in the L1 cache
-                dx = _gradient(tl.load(logits_ptr + cols), lse, cols, target)
+                dx = _gradient(tl.load(logits_ptr + cols), row_max, log2_sum, cols, target)
                 tl.store(logits_ptr + cols, dx.to(logits_ptr.dtype.element_ty))
 
 
