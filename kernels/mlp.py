@@ -263,7 +263,7 @@ def _gelu_fwd(x: Tensor, w: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Te
         pre, post = x.new_empty(M, N), x.new_empty(M, N)
         grid = _grid(config, M, N, x.device)
         _fwd_kernel[grid](
-            **_operands(config, FWD_TILES, x, w, pre, post), bias_ptr=w if bias is None else bias,
+            **_operands(config, FWD_TILES, x, w, pre, post), bias_ptr=w if bias is None else bias.contiguous(),
             M=M, N=N, K=K, stride_xm=x.stride(0), stride_om=pre.stride(0), HAS_BIAS=bias is not None, TANH=tanh, **config,
         )  # fmt: skip
         return pre, post
@@ -312,7 +312,7 @@ def _mlp_fwd(
 ) -> tuple[Tensor, Tensor]:
     """The parameters are there for their gradients; the arithmetic reads their shadows. Returns y and pre."""
     with torch.cuda.device_of(x):
-        pre, post = _gelu_fwd(x.contiguous(), w_fc_shadow, b_fc_shadow, tanh)
+        pre, post = _gelu_fwd(x.contiguous(), w_fc_shadow.contiguous(), b_fc_shadow, tanh)
         return F.linear(post, w_proj_shadow, b_proj_shadow), pre
 
 
@@ -328,7 +328,7 @@ def _mlp_bwd(
     """dx in the compute dtype; dw_fc, db_fc, dw_proj, db_proj in fp32, (0,) for a bias that is not there."""
     with torch.cuda.device_of(dy):
         dy = dy.contiguous()
-        dpre, post, db_fc = _gelu_bwd(dy, w_proj, pre, tanh, has_b_fc)
+        dpre, post, db_fc = _gelu_bwd(dy, w_proj.contiguous(), pre, tanh, has_b_fc)
         dw_proj = mm_fp32(dy.t(), post)
         db_proj = dy.sum(0, dtype=torch.float32) if has_b_proj else dy.new_empty(0, dtype=torch.float32)
         return dpre @ w_fc, mm_fp32(dpre.t(), x), db_fc, dw_proj, db_proj
@@ -341,7 +341,7 @@ def _(dy, x, pre, w_fc, w_proj, tanh, has_b_fc, has_b_proj):
 
     N, C = w_fc.shape
     biases = empty(N if has_b_fc else 0), empty(w_proj.shape[0] if has_b_proj else 0)
-    return dy.new_empty(x.shape), empty(N, C), biases[0], empty(w_proj.shape), biases[1]
+    return dy.new_empty(x.shape), empty(N, C), biases[0], empty(*w_proj.shape), biases[1]
 
 
 def _setup_context(ctx, inputs, output):
@@ -395,7 +395,7 @@ def gelu_mlp(
     parameters = (w_fc, b_fc, w_proj, b_proj)
     shadows = [None if p is None else shadow(p, x.dtype) for p in parameters]
     y, _ = _mlp_fwd(x.reshape(-1, x.shape[-1]), *parameters, *shadows, approximate == "tanh")
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], w_proj.shape[0])
 
 
 # What a fused configuration says; FLATTEN: see `_fwd_kernel`; per_sm: programs resident on an SM.
