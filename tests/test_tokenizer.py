@@ -1,5 +1,6 @@
 """Characters and GPT-2's byte pairs; saving, finding, copying; nanoGPT's meta.pkl, hostile ones included."""
 
+import itertools
 import json
 import os
 import pickle
@@ -83,7 +84,7 @@ def _merges(table: dict[str, int]) -> list[tuple[str, str]]:
             continue
         parts = list(piece)
         while len(parts) > 2:
-            ranks = [table.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            ranks = [table.get(a + b, rank) for a, b in itertools.pairwise(parts)]
             i = ranks.index(min(ranks))
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         merges.append((parts[0], parts[1]))
@@ -188,6 +189,7 @@ def test_damaged_meta_pkl_is_refused_or_read(tmp_path_factory, junk, at, value):
     for content in (bytes(whole), junk, bytes(whole[:at])):
         path.write_bytes(content)
         try:
-            read_meta(path)
+            message = str(read_meta(path) and path)
         except ValueError as error:
-            assert str(path) in str(error)
+            message = str(error)
+        assert str(path) in message

@@ -23,8 +23,8 @@ from nanogpt.data.shards import Shard, open_dataset
 class Windows:
     """Where each sample lies in the shards of a split.
 
-    Each epoch cuts every shard into windows that do not overlap, from a start within the first T tokens that changes from epoch
-    to epoch, and visits each window once. What a cut leaves over at either end is seen in other epochs.
+    Each epoch cuts every shard into windows that do not overlap, from a start within the first 2T tokens that changes from
+    epoch to epoch, and visits each window once. What a cut leaves over at either end is seen in other epochs.
     """
 
     def __init__(self, shards: list[Shard], block_size: int, seed: int, sampling: str):
@@ -33,7 +33,7 @@ class Windows:
         if sampling == "random":
             self.per_shard = np.maximum(self.room, 0)
         else:
-            self.per_shard = np.where(self.room > 0, np.maximum(1, (self.room - 1) // block_size), 0)
+            self.per_shard = np.where(self.room > 0, np.maximum(1, self.room // block_size), 0)
         self.ends = np.cumsum(self.per_shard)
         self.total = int(self.ends[-1])
         if not self.total:
@@ -56,7 +56,7 @@ class Windows:
             key = order.keys("epoch", self.seed, epoch)
             index = order.permute(samples[now] % self.total, self.total, key)
             shard[now] = np.searchsorted(self.ends, index, side="right")
-            spare = np.minimum(self.block_size, self.room - (self.per_shard - 1) * self.block_size)
+            spare = self.room - (self.per_shard - 1) * self.block_size
             shift = order.mix(np.arange(len(self.room), dtype=np.uint64) + key[-1]) % np.maximum(spare, 1).astype(np.uint64)
             first = index - (self.ends - self.per_shard)[shard[now]]
             start[now] = shift.astype(np.int64)[shard[now]] + first * self.block_size
