@@ -144,7 +144,7 @@ class Bench:
         self.op, self.args, self.device = op, args, args.device
         self.gpu = args.device.startswith("cuda")
         if self.gpu:
-            torch.cuda.set_device(args.device)
+            torch.cuda.set_device(torch.device(args.device).index or 0)
         args.dtype = args.dtype or ("bf16" if self.gpu else "fp32")
         self.dtype = DTYPES[args.dtype]
         self.facts = machine(args.device)
