@@ -14,6 +14,26 @@ from common import Work
 from kernels.embedding import embedding
 
 
+def plain(idx, wte, wpe, dtype):
+    return (F.embedding(idx, wte) + wpe[: idx.shape[1]]).to(dtype)
+
+
+def solver(dtype: torch.dtype):
+    """Output and gradients of :func:`plain`; where dy is wider than dtype, summed in fp64: a frequent token has many rows."""
+
+    def solve(inputs, dy):
+        if dy[0].dtype == dtype:
+            return common.evaluate(lambda *a: plain(*a, dtype), inputs, dy, True)
+        idx, wte, wpe = inputs
+        wide = dy[0].double()
+        dwte = torch.zeros_like(wte, dtype=torch.float64).index_add_(0, idx.flatten(), wide.flatten(0, 1))
+        dwpe = torch.zeros_like(wpe, dtype=torch.float64)
+        dwpe[: idx.shape[1]] = wide.sum(0)
+        return [wte[idx] + wpe[: idx.shape[1]], dwte, dwpe]
+
+    return solve
+
+
 def main(argv: list[str] | None = None) -> common.Bench:
     args = common.parser(__doc__).parse_args(argv)
     bench = common.Bench("embedding", args)
@@ -31,18 +51,7 @@ def main(argv: list[str] | None = None) -> common.Bench:
         wpe = torch.randn(T, C, device=bench.device).requires_grad_()
 
         def reference(idx, wte, wpe):
-            return (F.embedding(idx, wte) + wpe[: idx.shape[1]]).to(bench.dtype)
-
-        def exact(inputs, dy):
-            y = inputs[1][inputs[0]] + inputs[2]
-            dwte = torch.zeros_like(inputs[1], dtype=torch.float64).index_add_(
-                0, inputs[0].flatten(), dy[0].flatten(0, 1).double()
-            )
-            return [y, dwte.float(), dy[0].double().sum(0).float()]
-
-        def solve(inputs, dy, exact=exact, reference=reference):
-            """In fp32 by sums in fp64: the gradient of a frequent token adds up thousands of rows."""
-            return exact(inputs, dy) if dy[0].dtype != bench.dtype else common.evaluate(reference, inputs, dy, True)
+            return plain(idx, wte, wpe, bench.dtype)
 
         size = B * T * C * torch.tensor([], dtype=bench.dtype).element_size()
         bench.compare(
@@ -55,7 +64,7 @@ def main(argv: list[str] | None = None) -> common.Bench:
             reference,
             [idx, wte, wpe],
             {"fwd": Work(bytes=4 * B * T * C + size), "bwd": Work(bytes=size + 4 * (V + T) * C)},
-            solve,
+            solver(bench.dtype),
         )
     bench.finish()
     return bench

@@ -126,7 +126,7 @@ def problem(case: str, tiny: bool, small: bool, device: str, dtype: torch.dtype)
 
 
 class Hook:
-    """Stands in for `configs.select`: `visit(op, bucket, candidates, launch)` sees each choice and may return a configuration."""
+    """Stands in for `configs.select`: `visit(op, bucket, candidates, launch)` sees each choice and may make it."""
 
     def __init__(self, visit: Callable):
         self.visit, self.select = visit, configs.select
