@@ -100,7 +100,7 @@ class BaselineGPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, fp32 scalar, of idx and targets (B, T) int64; targets of -1 are left out."""
-        low = self.dtype != torch.float32
+        low = self.dtype.itemsize == 2
         with torch.autocast(idx.device.type, self.dtype) if low else nullcontext():
             positions = torch.arange(idx.shape[1], device=idx.device)
             x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)

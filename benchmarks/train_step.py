@@ -120,14 +120,15 @@ def providers(size: Size, dtype: torch.dtype, device: str) -> dict[str, Callable
 
 
 class Reference:
-    """Loss and gradients of the first step in fp32, and PyTorch's own error at the compute dtype with a 16-bit residual.
+    """The first step in fp32 (fp64 for fp32): loss, gradients, and PyTorch's own error at the compute dtype, 16-bit residual.
 
     Args:
         state: the weights everyone starts from.
     """
 
     def __init__(self, size: Size, dtype: torch.dtype, device: str, state: dict[str, Tensor], idx: Tensor, targets: Tensor):
-        self.loss, self.grads = self._run(size, torch.float32, device, state, idx, targets)
+        exact = torch.float64 if dtype == torch.float32 else torch.float32
+        self.loss, self.grads = self._run(size, exact, device, state, idx, targets)
         loss, grads = self._run(size, dtype, device, state, idx, targets)
         self.loss_error = abs(loss - self.loss)
         self.allowed = {name: (g - self.grads[name]).norm().item() for name, g in grads.items()}
@@ -136,7 +137,7 @@ class Reference:
     def _run(size, dtype, device, state, idx, targets) -> tuple[float, dict[str, Tensor]]:
         with torch.device(device):
             model = BaselineGPT(*size[:4], size.vocab_size, attention="default", dtype=dtype, low_residual=True)
-        model.load_state_dict(state)
+        model.to(torch.promote_types(dtype, torch.float32)).load_state_dict(state)
         rows = max(1, min(len(idx), 8192 // idx.shape[1]))  # so that fp32 logits stay small
         total = 0.0
         for i in range(0, len(idx), rows):
@@ -148,13 +149,13 @@ class Reference:
 
     def verdict(self, loss: float, model: nn.Module, factor: float = 3.0) -> tuple[str, float]:
         """("ok" or what is wrong, largest ratio of an error to PyTorch's own)."""
-        floor = 1e-6 * abs(self.loss)
         if not abs(loss - self.loss) <= factor * self.loss_error + 1e-4:  # the mean of 65,536 rounded losses
             return f"wrong: loss {loss:.6f}, fp32 {self.loss:.6f}", float("nan")
         worst = 0.0
         for name, p in model.named_parameters():
             exact = self.grads[name]
-            error, allowed = (p.grad.float() - exact).norm().item(), max(self.allowed[name], 1e-5 * exact.norm().item(), floor)
+            error = (p.grad.to(exact.dtype) - exact).norm().item()
+            allowed = max(self.allowed[name], 1e-7 * exact.norm().item())
             if not error <= factor * allowed:
                 return f"wrong: gradient of {name} off by {error:.3g}, {factor:g} x {allowed:.3g} allowed", error / allowed
             worst = max(worst, error / allowed)
