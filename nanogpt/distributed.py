@@ -100,7 +100,7 @@ def wrap(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
         return model
     cuda = world.device.type == "cuda"
     ddp = nn.parallel.DistributedDataParallel(
-        model, device_ids=[world.device.index] if cuda else None, broadcast_buffers=False, gradient_as_bucket_view=True
+        model, device_ids=[world.device.index] if cuda else None, gradient_as_bucket_view=True
     )
     if cuda and dtype != torch.float32:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook

@@ -1,0 +1,242 @@
+"""nanogpt.monitor: rates against arithmetic, sensors against a fake NVML, the metrics file, the lines printed."""
+
+import json
+import os
+import pty
+import re
+import sys
+import threading
+import types
+
+import pytest
+import torch
+
+from nanogpt import monitor
+from nanogpt.config import TrainConfig
+from nanogpt.monitor import MetricsFile, Monitor, Telemetry, Throughput, duration, peak_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA A100-PCIE-40GB", torch.float16, 312e12),
+        ("NVIDIA A100-SXM4-40GB", torch.float32, 156e12),  # TF32
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H200", torch.bfloat16, 989e12),
+        ("NVIDIA A10", torch.bfloat16, 125e12),
+        ("NVIDIA L4", torch.bfloat16, 121e12),
+        ("NVIDIA L40S", torch.bfloat16, 362e12),
+        ("Tesla T4", torch.float16, 65e12),
+        ("Tesla T4", torch.bfloat16, None),
+        ("Tesla V100-SXM2-16GB", torch.float32, None),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
+        ("NVIDIA GeForce RTX 3090 Ti", torch.bfloat16, None),
+        ("NVIDIA A10G", torch.bfloat16, None),
+        ("Some GPU of 2030", torch.bfloat16, None),
+    ],
+)
+def test_peak_is_known_or_refused(name, dtype, peak):
+    assert peak_flops(name, dtype) == peak
+
+
+def test_throughput_leaves_out_what_start_follows():
+    now = iter([0.0, 0.5, 1.0, 9.0, 10.0, 10.25])
+    throughput = Throughput(tokens=1000, flops=900, flops_causal=850, peak=1e7, clock=lambda: next(now))
+    throughput.step()
+    throughput.step()
+    assert throughput.rates() == pytest.approx({"ms": 500, "tokens_per_s": 2000, "mfu": 0.18, "mfu_causal": 0.17})
+    throughput.start()  # 8 s of evaluation
+    throughput.step()
+    throughput.step()
+    assert throughput.rates()["ms"] == pytest.approx(625)
+
+
+def test_unknown_peak_gives_no_mfu():
+    throughput = Throughput(1000, 900, 850, None)
+    throughput.step()
+    assert throughput.rates().keys() == {"ms", "tokens_per_s"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (72.4, "1m12s"), (3599.6, "1h00m"), (7384, "2h03m"), (90000, "1d01h")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+class FakeNvml(types.SimpleNamespace):
+    """Two readings, then silence; the temperature sensor is missing."""
+
+    class NVMLError(Exception):
+        pass
+
+    NVML_TEMPERATURE_GPU, NVML_CLOCK_SM = 0, 1
+
+    def __init__(self, broken=False):
+        super().__init__(broken=broken, uuid=None, power=iter([300_000, 400_000]), read_twice=threading.Event(), open=0)
+
+    def nvmlInit(self):  # noqa: N802
+        if self.broken:
+            raise self.NVMLError("Driver Not Loaded")
+        self.open += 1
+
+    def nvmlShutdown(self):  # noqa: N802
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
+        self.uuid = uuid
+        return "handle"
+
+    def nvmlDeviceGetUtilizationRates(self, handle):  # noqa: N802
+        return types.SimpleNamespace(gpu=97)
+
+    def nvmlDeviceGetMemoryInfo(self, handle):  # noqa: N802
+        return types.SimpleNamespace(used=3 * 2**30)
+
+    def nvmlDeviceGetPowerUsage(self, handle):  # noqa: N802
+        value = next(self.power, None)
+        if value is None:
+            self.read_twice.set()
+            raise self.NVMLError("Unknown Error")
+        return value
+
+    def nvmlDeviceGetTemperature(self, handle, sensor):  # noqa: N802
+        raise self.NVMLError("Not Supported")
+
+    def nvmlDeviceGetClockInfo(self, handle, clock):  # noqa: N802
+        return 1410
+
+
+def fake_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc-1"))
+    return torch.device("cuda", 0)
+
+
+def test_telemetry_averages_the_sensors_there_are(monkeypatch):
+    nvml = FakeNvml()
+    telemetry = Telemetry(fake_gpu(monkeypatch), nvml, interval=0.001)
+    assert telemetry.missing == ""
+    assert nvml.read_twice.wait(10)
+    values = telemetry.read()
+    telemetry.close()
+    assert values == {"gpu_util": 97, "gpu_memory_gib": 3, "gpu_power_w": 350, "gpu_sm_mhz": 1410}
+    assert nvml.uuid == "GPU-abc-1"
+    assert nvml.open == 0
+    assert not telemetry._thread.is_alive()
+
+
+@pytest.mark.parametrize("why", ["no driver", "no package", "no GPU"])
+def test_telemetry_missing_is_said_and_harmless(monkeypatch, why):
+    device = torch.device("cpu") if why == "no GPU" else fake_gpu(monkeypatch)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    telemetry = Telemetry(device, FakeNvml(broken=True) if why == "no driver" else None)
+    expected = {
+        "no driver": "Driver Not Loaded",
+        "no package": "nvidia-ml-py is not installed",
+        "no GPU": "none for device cpu",
+    }
+    assert telemetry.missing == expected[why]
+    assert telemetry.read() == {}
+    telemetry.close()
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_file_drops_what_will_happen_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0, False)
+    for kind, it in (("start", 0), ("eval", 0), ("train", 0), ("train", 1), ("eval", 2), ("train", 2), ("train", 3)):
+        file.write({"kind": kind, "iter": it, "loss": float("nan")})
+    file.close()
+    with open(path, "a") as cut:
+        cut.write('{"kind": "train", "it')
+    for evaluated in (True, False):
+        MetricsFile(path, 2, evaluated).close()
+        kept = [(r["kind"], r["iter"]) for r in records(path)]
+        assert kept == [("start", 0), ("eval", 0), ("train", 0), ("train", 1)] + [("eval", 2)] * evaluated
+    assert records(path)[1]["loss"] == "nan"
+    MetricsFile(path, 0, False).close()  # from scratch
+    assert path.read_text() == ""
+
+
+def new_monitor(tmp_path, peak=1e6, **keys):
+    config = TrainConfig(out_dir=str(tmp_path), max_iters=100, log_interval=10, **keys)
+    now = iter(range(1000))
+    return Monitor(config, torch.device("cpu"), Throughput(64, 1000, 900, peak, lambda: next(now)), 0, False)
+
+
+def test_monitor_prints_nanogpts_lines_and_records_them(tmp_path, capsys):
+    log = new_monitor(tmp_path)
+    log.evaluation(0, {"train": 4.25, "val": 4.5})
+    for it in range(12):
+        log.train(it, 4.0 - it / 10, 1.5, 1e-3)
+    log.close(12, "finished")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 0: train loss 4.2500, val loss 4.5000"
+    assert [line.split(":")[0] for line in lines[1:]] == ["iter 0", "iter 10"]
+    assert re.match(
+        r"iter 10: loss 3\.0000, time 1000\.00ms, mfu 6\.40%, causal 5\.76%, lr 1\.00e-03, norm 1\.500, 64 tok/s", lines[2]
+    )
+    assert lines[2].endswith("eta 1m29s")
+    found = records(tmp_path / "metrics.jsonl")
+    assert [r["kind"] for r in found] == ["start", "eval", "train", "train", "end"]
+    assert found[3]["tokens"] == 11 * 64
+    assert found[3].keys() >= {"loss", "lr", "grad_norm", "ms", "tokens_per_s", "mfu", "mfu_causal", "eta_s", "time"}
+    assert found[4]["state"] == "finished"
+
+
+def test_monitor_reports_a_skipped_update_at_once(tmp_path, capsys):
+    log = new_monitor(tmp_path, peak=None)
+    log.train(3, float("nan"), float("inf"), 1e-3)
+    log.close(4, "failed")
+    out = capsys.readouterr().out
+    assert "iter 3: loss nan" in out
+    assert "mfu n/a" in out
+    assert out.rstrip().endswith("not finite, update skipped")
+    assert records(tmp_path / "metrics.jsonl")[1]["grad_norm"] == "inf"
+
+
+def test_trackers_get_numbers_only(tmp_path, monkeypatch):
+    seen = []
+    writer = types.SimpleNamespace(add_scalar=lambda name, value, it: seen.append((name, value, it)))
+    fake = types.SimpleNamespace(SummaryWriter=lambda path: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    runs = types.SimpleNamespace(
+        init=lambda **keys: types.SimpleNamespace(log=lambda values, step: seen.append((values, step)))
+    )
+    monkeypatch.setitem(sys.modules, "wandb", runs)
+    log = new_monitor(tmp_path, tensorboard=True, wandb_log=True)
+    log.evaluation(5, {"val": 2.5})
+    log.close(5, "finished")
+    assert seen == [("eval/val_loss", 2.5, 5), ({"eval/val_loss": 2.5}, 5)]
+
+
+@pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb_log", "wandb")])
+def test_missing_tracker_is_one_clear_line(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"{name}=True: not installed; pip install"):
+        monitor.trackers(TrainConfig(**{name: True}), tmp_path)
+
+
+def test_console_draws_progress_on_a_terminal(monkeypatch):
+    controller, terminal = pty.openpty()
+    with open(terminal, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        patch.setenv("TERM", "xterm")
+        console = monitor.Console(0, 100)
+        console.print("iter 0: loss [1.0]")
+        console.advance(40)
+        console.close()
+    text = ""
+    try:
+        while True:
+            text += os.read(controller, 100_000).decode()
+    except OSError:  # how Linux reports the end of a terminal
+        os.close(controller)
+    assert "iter 0: loss [1.0]\r\n" in text  # brackets are no markup
+    assert "40/100" in text
