@@ -112,9 +112,8 @@ def _cross_entropy_kernel(
 
 @triton.jit
 def _scale_kernel(src_ptr, dst_ptr, dloss_ptr, n_valid_ptr, n, BLOCK: tl.constexpr):
-    """dst = src * dloss / n_valid; 0 where no row had a target."""
-    n_valid = tl.load(n_valid_ptr).to(tl.float32)
-    scale = tl.where(n_valid > 0, tl.load(dloss_ptr).to(tl.float32) / n_valid, 0.0)
+    """dst = src * dloss / n_valid; src is 0 where no row had a target."""
+    scale = tl.load(dloss_ptr).to(tl.float32) / tl.maximum(tl.load(n_valid_ptr).to(tl.float32), 1.0)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     src = tl.load(src_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
     tl.store(dst_ptr + offs, (src * scale).to(dst_ptr.dtype.element_ty), mask=offs < n)

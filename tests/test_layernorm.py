@@ -53,7 +53,7 @@ def compare(ours, inputs, grads, dtype):
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
-@pytest.mark.parametrize(("M", "C"), SHAPES, ids=lambda n: str(n))
+@pytest.mark.parametrize(("M", "C"), SHAPES, ids=str)
 def test_layer_norm_residual(M, C, bias, dtype):
     inputs, grads = make(M, C, dtype, bias=bias)
     with poisoned():
@@ -66,7 +66,7 @@ def test_layer_norm_residual(M, C, bias, dtype):
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
-@pytest.mark.parametrize(("M", "C"), [(1, 7), (37, 768), (9, 1600)], ids=lambda n: str(n))
+@pytest.mark.parametrize(("M", "C"), [(1, 7), (37, 768), (9, 1600)], ids=str)
 def test_layer_norm(M, C, bias, dtype):
     inputs, grads = make(M, C, dtype, residual=False, bias=bias)
     with poisoned():
