@@ -1,0 +1,33 @@
+"""Every shipped kernel variant compiles for every supported GPU, within its limits, with that GPU's fast instructions."""
+
+import pytest
+
+pytest.importorskip("triton")
+from kernels import report
+from kernels.configs import ARCHS
+from tests.helpers import INTERPRET
+
+pytestmark = [pytest.mark.aot, pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")]
+
+# Ops made of matrix products, and what their PTX must hold on an architecture.
+MATMUL = ("attention_fwd", "attention_dq", "attention_dkdv", "gelu_mlp")
+EXPECTED = {80: {"cp.async", "mma"}, 86: {"cp.async", "mma"}, 89: {"cp.async", "mma"}, 90: {"wgmma"}}
+
+
+def _cases():
+    for arch in ARCHS:
+        for case in report.cases(arch):
+            yield pytest.param(case, arch, id=f"sm_{arch}-{case.name}")
+
+
+@pytest.mark.parametrize(("case", "arch"), list(_cases()) if not INTERPRET else [])
+def test_compiles_within_limits(case, arch):
+    row = report.compile_case(case, arch)
+    assert row.problems == []
+    if case.name.startswith(MATMUL) and "elementwise" not in case.name:
+        assert EXPECTED[arch] <= set(row.instructions)
+
+
+def test_report_counts_what_is_over_the_limits():
+    row = report.Row("x", 80, registers=255, stack=48, shared=200_000, instructions=())
+    assert len(row.problems) == 2

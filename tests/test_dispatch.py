@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from kernels import dispatch
+from tests.helpers import INTERPRET
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    before = dispatch.requested()
+    yield
+    dispatch.use(before)
+
+
+def test_torch_can_be_asked_for_everywhere():
+    dispatch.use("torch")
+    for op, (backend, reason) in dispatch.explain("cpu").items():
+        assert (backend, reason) == ("torch", "asked for"), op
+
+
+def test_auto_says_why_a_better_backend_is_not_used():
+    dispatch.use("auto")
+    backend, reason = dispatch.explain("cpu")["attention"]
+    if INTERPRET:
+        assert (backend, reason) == ("triton", "first choice on this device")
+    else:
+        assert backend == "torch"
+        assert "no triton" in reason
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter runs Triton on the CPU")
+def test_a_backend_that_cannot_run_is_an_error_not_a_fallback():
+    dispatch.use("triton")
+    with pytest.raises(ValueError, match="kernels=triton: attention on cpu"):
+        dispatch.choose("attention", "cpu")
+
+
+def test_an_op_without_the_backend_asked_for_says_so():
+    dispatch.use("triton")
+    backend, reason = dispatch.explain("mps")["adamw"] if INTERPRET else dispatch._resolve("adamw", "cpu")
+    assert backend != "triton"
+    assert reason.startswith("adamw has no triton backend")
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="kernels=tritno: expected one of auto"):
+        dispatch.use("tritno")
+
+
+def test_choice_is_a_constant_under_compile():
+    dispatch.use("torch")
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def f(x):
+        return x + 1 if dispatch.choose("attention", x.device.type) == "torch" else x
+
+    assert f(torch.zeros(1)).item() == 1
