@@ -19,7 +19,7 @@ def play(markdown: str) -> str:
     speeches: list[list[str]] = []
     for block in re.split(r"\n\s*\n", markdown.replace("\\", "").replace("—", "--")):
         lines = [line for raw in block.split("\n") if (line := _DIRECTION.sub("", raw).strip())]
-        if not lines or lines[0].startswith("#") or (len(lines) == 1 and lines[0].isupper() and len(lines[0]) > 4):
+        if not lines or lines[0].startswith(("#", "SCENE ")) or (len(lines) == 1 and lines[0].isupper() and len(lines[0]) > 4):
             continue
         if speaker := re.fullmatch(r"\*\*(.+?)\*\*", lines[0]):
             speeches.append([f"{speaker[1].replace(':', '').replace('&', 'and')}:"])

@@ -125,6 +125,8 @@ def open_dataset(path: Path) -> Dataset:
     path = Path(path)
     sidecar = read_json(path / SIDECAR) if (path / SIDECAR).exists() else {}
     if "splits" in sidecar:
+        if not isinstance(sidecar["splits"], dict):
+            raise ValueError(f"{path / SIDECAR}: splits is not an object")
         splits = {split: _listed(path, split, sidecar) for split in SPLITS if split in sidecar["splits"]}
     else:
         pattern = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.bin")
@@ -153,7 +155,7 @@ def _listed(path: Path, split: str, sidecar: dict) -> list[Shard]:
 
 def _vocab_size(path: Path, sidecar: dict, splits: dict[str, list[Shard]]) -> int:
     if "vocab_size" in sidecar:
-        if not isinstance(sidecar["vocab_size"], int) or sidecar["vocab_size"] < 1:
+        if type(sidecar["vocab_size"]) is not int or sidecar["vocab_size"] < 1:
             raise ValueError(f"{path / SIDECAR}: vocab_size {sidecar['vocab_size']!r} is not a positive integer")
         return sidecar["vocab_size"]
     if (path / "meta.pkl").exists():
