@@ -3,7 +3,8 @@
     python benchmarks/ceilings.py [--quick]
 
 Cases gemm-NAME are y = x W^T of (M, K) by (N, K): `fwd` y, `dx` = dy W, `dw` = dy^T x with fp32 output (ours) or in the compute
-dtype (`cublas-low`). Percent is of the large matmul, so a low one names a GEMM that cuBLAS itself could do better.
+dtype (`cublas-low`). Percent is of the large matmul, so a low one names a GEMM that cuBLAS itself could do better; for copies
+and square matmuls it is of the data sheet.
 """
 
 import common
@@ -18,17 +19,19 @@ def main(argv: list[str] | None = None) -> common.Bench:
     bench = common.Bench("ceilings", args)
     device, dtype = bench.device, bench.dtype
 
-    def report(case: str, pass_: str, calls: dict, work: Work) -> None:
+    sheet = common.data_sheet(bench.facts["device"], dtype)
+
+    def report(case: str, pass_: str, calls: dict, work: Work, of: Work | None = None) -> None:
         for name, stats in bench.time(bench.wanted(calls)).items():
-            bench.timed_row(case, name, pass_, stats, work)
+            bench.timed_row(case, name, pass_, stats, work, of)
 
     for mib in (1,) if args.tiny else (64, 256, 1024) if bench.gpu else (64, 256):
         x = torch.empty(mib << 20, dtype=torch.int8, device=device)
         y = torch.empty_like(x)
-        report(f"copy-{mib}MiB", "copy", {"torch": lambda x=x, y=y: y.copy_(x)}, Work(bytes=2 * x.numel()))
+        report(f"copy-{mib}MiB", "copy", {"torch": lambda x=x, y=y: y.copy_(x)}, Work(bytes=2 * x.numel()), sheet)
     for n in (64,) if args.tiny else (4096, 8192) if bench.gpu else (1024,):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        report(f"matmul-{n}", "fwd", {"cublas": lambda a=a, b=b: a @ b}, Work(flops=2 * n**3))
+        report(f"matmul-{n}", "fwd", {"cublas": lambda a=a, b=b: a @ b}, Work(flops=2 * n**3), sheet)
 
     models = [("124M", 65536, 768)] if args.quick else [("124M", 65536, 768), ("350M", 32768, 1024), ("1558M", 8192, 1600)]
     if args.tiny or not bench.gpu:

@@ -31,17 +31,17 @@ if str(ROOT) not in sys.path:  # run as a script from anywhere, installed or not
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Data sheets: dense FLOP/s in 16 bits, bytes/s of memory. First match wins.
-DATA_SHEET = {
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100 NVL": (835e12, 3.9e12),
-    "H100": (989.4e12, 3.35e12),
-    "H200": (989.4e12, 4.8e12),
-    "A100-SXM4-80GB": (312e12, 2.039e12),
-    "A100-PCIE-40GB": (312e12, 1.555e12),
-    "A100": (312e12, 1.555e12),
-    "RTX 4090": (165.2e12, 1.008e12),
-    "RTX 3090": (71e12, 0.936e12),
+# Data sheets: bytes/s of memory; peak FLOP/s are in nanogpt.monitor. First match wins.
+BANDWIDTH = {
+    "H200": 4.8e12,
+    "H100 PCIe": 2.0e12,
+    "H100 NVL": 3.9e12,
+    "H100": 3.35e12,
+    "A100-SXM4-80GB": 2.039e12,
+    "A100-PCIE-80GB": 1.935e12,
+    "A100": 1.555e12,
+    "RTX 4090": 1.008e12,
+    "RTX 3090": 0.936e12,
 }
 
 _MEASURED = ("ms", "p20", "p80", "n", "tflops", "gbps", "percent", "tokens_per_s", "mfu", "mfu_causal", "peak_mib", "error")
@@ -65,9 +65,12 @@ class Work(NamedTuple):
     bytes: float = 0.0
 
 
-def data_sheet(device_name: str) -> tuple[float, float] | None:
-    """(FLOP/s, bytes/s) of the GPU's data sheet, or None for one that is not listed."""
-    return next((peak for name, peak in DATA_SHEET.items() if name in device_name), None)
+def data_sheet(device_name: str, dtype: torch.dtype) -> Work:
+    """Peak FLOP/s and bytes/s as the vendor states them; 0 where they are not known."""
+    from nanogpt.monitor import peak_flops
+
+    bandwidth = next((rate for name, rate in BANDWIDTH.items() if name in device_name), 0.0)
+    return Work(peak_flops(device_name, dtype) or 0.0, bandwidth)
 
 
 def _output(*command: str) -> str:
@@ -184,10 +187,11 @@ class Bench:
         shown = [f"{row[c]} {unit}" for c, unit in _SHOWN.items() if row.get(c, "") != ""]
         print(f"{case:<28} {provider:<22} {pass_:<5} {status[:90] if status != 'ok' else '  '.join(shown)}", flush=True)
 
-    def timed_row(self, case: str, provider: str, pass_: str, stats: Stats, work: Work, **more) -> None:
-        """A row with rates, and the percentage of the measured ceiling that bounds this work from below."""
+    def timed_row(self, case: str, provider: str, pass_: str, stats: Stats, work: Work, ceilings: Work | None = None, **more):
+        """A row with rates, and the percentage of the (measured) ceiling that bounds this work."""
         seconds = stats.median / 1e3
-        floor = max(work.flops / self.ceilings.flops, work.bytes / self.ceilings.bytes)
+        limit = ceilings or self.ceilings
+        floor = max(amount / rate if rate else 0.0 for amount, rate in zip(work, limit))
         if work.flops:
             more["tflops"] = work.flops / seconds / 1e12
         if work.bytes:

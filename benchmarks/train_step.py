@@ -254,11 +254,11 @@ class Benchmark:
                     self.failed(name, error)
 
     def report(self) -> None:
-        peak = common.data_sheet(self.bench.facts["device"])
+        peak = common.data_sheet(self.bench.facts["device"], self.bench.dtype).flops
         for name in self.trainers:
             stats = common.quantiles(self.times[name])
             rate = self.B * self.T / stats.median * 1e3
-            mfu = {key: 100 * flops * rate / peak[0] for key, flops in self.flops.items()} if peak else {}
+            mfu = {key: 100 * flops * rate / peak for key, flops in self.flops.items()} if peak else {}
             more = {"tokens_per_s": round(rate), "peak_mib": self.peaks[name], "error": self.errors[name], **mfu}
             self.bench.row(self.case, name, "step", stats=stats, **more)
 
