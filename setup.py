@@ -8,6 +8,7 @@ TORCH_CUDA_ARCH_LIST (default "8.0;9.0+PTX"), CXX, CUDA_HOME, BUILD_EXTENSION=0 
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -23,6 +24,12 @@ CSRC = ROOT / "csrc"
 ARCHS = "8.0;9.0+PTX"
 TARGET = 0x020B << 48  # oldest PyTorch that the build runs on: 2.11
 WARNINGS = "-Wall -Wextra -Werror"
+
+# cpu_kernels.cpp is compiled once for each; ops.cpp picks one at run time. Only the baseline is for every machine.
+INSTRUCTIONS = {"baseline": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTIONS["avx2"] = "-mavx2 -mfma"
+    INSTRUCTIONS["avx512"] = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 
 
 class MissingError(Exception):
@@ -117,11 +124,10 @@ def arch_flags(archs: str) -> str:
     return " ".join(flags)
 
 
-def ninja_file(build: Path, compiler: str, torch: Path, cuda: Path | None) -> str:
+def ninja_file(compiler: str, torch: Path, cuda: Path | None) -> str:
     """One object per source, one library per extension. The .cu files see no PyTorch header, which keeps them quick."""
     common = f"-std=c++17 -fPIC -DTORCH_TARGET_VERSION={TARGET:#x}ULL -isystem {torch}/include"
-    # fp contraction changes results between machines with and without fma: leave it to explicit code.
-    cxx = f"{common} -O3 -fvisibility=hidden -ffp-contract=off {WARNINGS} {os.environ.get('CXXFLAGS', '')}"
+    cxx = f"{common} -O3 -fvisibility=hidden {WARNINGS} {os.environ.get('CXXFLAGS', '')}"
     shared = "-dynamiclib -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     link = f"{shared} -L{torch}/lib {os.environ.get('LDFLAGS', '')}"
     lines = [
@@ -142,21 +148,22 @@ def ninja_file(build: Path, compiler: str, torch: Path, cuda: Path | None) -> st
             "  deps = gcc",
         ]
 
-    def library(name: str, sources: list[Path], libs: str, flags: str) -> None:
-        objects = []
-        for source in sources:
-            objects.append(f"{source.name}.o")
-            lines.append(f"build {objects[-1]}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")
-            lines.append(f"  flags = {flags}")
-        lines.append(f"build {name}.so: link {' '.join(objects)}")
-        lines.append(f"  libs = {libs}")
+    def build(target: str, rule: str, sources: str, **variables: str) -> str:
+        lines.append(f"build {target}: {rule} {sources}")
+        lines.extend(f"  {name} = {value}" for name, value in variables.items())
+        return target
 
-    sources = sorted(CSRC.glob("*.cpp"))
-    library("nanogpt_cpu", [s for s in sources if s.name != "ops_cuda.cpp"], "-ltorch_cpu -lc10", "")
+    objects = [build("ops.o", "cxx", f"{CSRC}/ops.cpp", flags="-DNANOGPT_X86" if len(INSTRUCTIONS) > 1 else "")]
+    for name, flags in INSTRUCTIONS.items():
+        # Neither errno nor traps are looked at; without them sqrt and selections vectorise.
+        flags += f" -fopenmp-simd -fno-math-errno -fno-trapping-math -DTABLE=kernels_{name}"
+        objects.append(build(f"{name}.o", "cxx", f"{CSRC}/cpu_kernels.cpp", flags=flags))
+    build("nanogpt_cpu.so", "link", " ".join(objects), libs="-ltorch_cpu -lc10")
     if cuda:
-        lib64 = cuda / "lib64"
-        libs = f"-ltorch_cuda -ltorch_cpu -lc10_cuda -lc10 -L{lib64} -lcudart"
-        library("nanogpt_cuda", [CSRC / "ops_cuda.cpp", *sorted(CSRC.glob("*.cu"))], libs, "-DUSE_CUDA")
+        objects = [build("ops_cuda.o", "cxx", f"{CSRC}/ops_cuda.cpp", flags="-DUSE_CUDA")]
+        objects += [build(f"{source.stem}.o", "nvcc", str(source)) for source in sorted(CSRC.glob("*.cu"))]
+        libs = f"-ltorch_cuda -ltorch_cpu -lc10_cuda -lc10 -L{cuda}/lib64 -lcudart"
+        build("nanogpt_cuda.so", "link", " ".join(objects), libs=libs)
     return "\n".join(lines) + "\n"
 
 
@@ -200,7 +207,7 @@ class Build(build_ext):
             return []
         cuda = cuda_to_build(version, torch_cuda)
         self.build_dir.mkdir(parents=True, exist_ok=True)
-        text = ninja_file(self.build_dir, compiler, torch, cuda)
+        text = ninja_file(compiler, torch, cuda)
         rules = self.build_dir / "build.ninja"
         if not rules.exists() or rules.read_text() != text:
             rules.write_text(text)

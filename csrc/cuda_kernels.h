@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
+#include "types.h"
+
 struct CUstream_st;
 
 namespace nanogpt {
-
-enum class Type { fp32, fp16, bf16 };
 
 // One AdamW update. Arrays of `count` entries on the host hold device pointers; scalars that are pointers lie on the device.
 struct AdamW {

@@ -6,7 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
+
+#include "types.h"
 
 namespace nanogpt {
 
@@ -23,6 +26,19 @@ T* pointer(const Tensor& t) {
 inline void check(const Tensor& t, const char* name, ScalarType type) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, ": expected ", toString(type), ", got ", toString(t.scalar_type()));
   STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+inline Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Type::fp32;
+    case ScalarType::Half:
+      return Type::fp16;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    default:
+      STD_TORCH_CHECK(false, "expected Float, Half or BFloat16, got ", toString(t.scalar_type()));
+  }
 }
 
 // A list of fp32 tensors with as many entries and elements as `like`; their addresses.

@@ -30,19 +30,6 @@ class Device {
 
 void check_launch(const char* error, const char* op) { STD_TORCH_CHECK(error == nullptr, op, ": ", error); }
 
-Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Type::fp32;
-    case ScalarType::Half:
-      return Type::fp16;
-    case ScalarType::BFloat16:
-      return Type::bf16;
-    default:
-      STD_TORCH_CHECK(false, "expected Float, Half or BFloat16, got ", toString(t.scalar_type()));
-  }
-}
-
 void adamw_cuda(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                 const Tensors& shadows, const Tensor& lr, const Tensor& step, const std::vector<double>& weight_decays,
                 double beta1, double beta2, double eps, const std::optional<Tensor>& norm, double max_norm,

@@ -11,7 +11,7 @@ import torch
 
 # Ops that each library implements: what `unavailable` answers for.
 OPS = {
-    "cpp": (),
+    "cpp": ("adamw", "grad_norm"),
     "cuda": ("adamw", "grad_norm", "cross_entropy"),
 }
 LIBRARIES = {"cpp": "nanogpt_cpu", "cuda": "nanogpt_cuda"}
@@ -49,12 +49,28 @@ def _load(backend: str) -> str:
 def _register_fakes() -> None:
     """What the ops do to fake tensors, so that torch.compile and opcheck see through them."""
 
-    @torch.library.register_fake("nanogpt::grad_norm")
-    def _(grads):
-        return grads[0].new_empty((), dtype=torch.float32)
+    def statistics(x):
+        return x.new_empty((x.numel() // x.shape[-1] if x.shape[-1] else 0, 2), dtype=torch.float32)
 
-    for op in ("adamw_", "cross_entropy_rows_"):
-        torch.library.register_fake(f"nanogpt::{op}", lambda *args: None)
+    def empty(x, has):
+        return x.new_empty(x.shape if has else 0)
+
+    def channels(x, has):
+        return x.new_empty(x.shape[-1] if has else 0, dtype=torch.float32)
+
+    fakes = {
+        "adamw_": lambda *args: None,
+        "grad_norm": lambda grads: grads[0].new_empty((), dtype=torch.float32),
+        "cross_entropy_rows_": lambda *args: None,
+        "row_layer_norm": lambda x, residual, w, b, eps: (torch.empty_like(x), empty(x, residual is not None), statistics(x)),
+        "row_layer_norm_backward": lambda dy, dr, r, w, s, has_bias: (
+            torch.empty_like(r), torch.empty_like(w), channels(r, has_bias),
+        ),
+        "gelu_": lambda x, bias, tanh, want_derivative: empty(x, want_derivative),
+        "gelu_backward_": lambda dy, derivative, has_bias: channels(dy, has_bias),
+    }  # fmt: skip
+    for op, fake in fakes.items():
+        torch.library.register_fake(f"nanogpt::{op}", fake)
 
 
 def status() -> dict[str, str]:
