@@ -252,7 +252,7 @@ def test_killed_preparation_leaves_nothing_that_looks_valid():
         process.send_signal(signal.SIGKILL)
     (left,) = Path("data").iterdir()
     assert left.name == f".mine.partial-{process.pid}"
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(ValueError, match="mine is not there"):
         find("mine")
     assert sorted(path.name for path in made("mine", "--input=in.txt").parent.iterdir()) == ["mine"]
 
@@ -500,7 +500,9 @@ def test_check_compares_the_tokenizer(small, capsys):
         ((), "which command?"),
         (("chekc", "x"), "chekc: expected one of prepare, check, info"),
         (("check",), "takes one directory"),
-        (("check", "nothing"), "python -m nanogpt.data.prepare nothing"),
+        (("check", "nothing"), "make it with: python -m nanogpt.data.prepare nothing --input FILE\n"),
+        (("check", "plays"), "make it with: python -m nanogpt.data.prepare plays\n"),
+        (("check", ""), "dataset=: no such directory"),
         (("check", "no/where"), "no/where: no such directory"),
         (("prepare",), "which text?"),
         (("prepare", "shakspeare"), "did you mean shakespeare?"),

@@ -215,12 +215,6 @@ def test_unknown_sampling(data):
         Loader(data, "train", B, T, sampling="shuffle")
 
 
-def test_epoch_counts_passes(data):
-    loader = Loader(data, "train", B, T)
-    batches(loader, 10)
-    assert loader.epoch == pytest.approx(10 * B * T / (203 + 5 + 90 + T + 1))
-
-
 def evaluated(data, n_batches, world_size=1, batch_size=B):
     parts = [list(eval_batches(data, "train", batch_size, T, n_batches, rank, world_size)) for rank in range(world_size)]
     for part in parts:

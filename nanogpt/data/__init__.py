@@ -3,6 +3,12 @@
 from pathlib import Path
 
 ROOT = Path("data")
+RECIPES = {  # what `prepare` knows by name -> (its text, its tokenizer)
+    "shakespeare_char": ("tinyshakespeare", "char"),
+    "shakespeare": ("tinyshakespeare", "gpt2"),
+    "plays_char": ("plays", "char"),
+    "plays": ("plays", "gpt2"),
+}
 
 
 def find(dataset: str | Path) -> Path:
@@ -17,9 +23,9 @@ def find(dataset: str | Path) -> Path:
     path = Path(dataset)
     named = len(path.parts) == 1 and path.name not in (".", "..")
     for candidate in [ROOT / path, path] if named else [path]:
-        if candidate.is_dir():
+        if candidate.is_dir() and str(dataset):
             return candidate
     if not named:
         raise ValueError(f"dataset={dataset}: no such directory")
-    missing = f"dataset={dataset}: neither {(ROOT / path).absolute()} nor {path.absolute()} is a directory"
-    raise ValueError(f"{missing}; make it with: python -m nanogpt.data.prepare {dataset} (a text of yours: add --input FILE)")
+    command = f"python -m nanogpt.data.prepare {dataset}" + ("" if dataset in RECIPES else " --input FILE")
+    raise ValueError(f"dataset={dataset}: {(ROOT / path).absolute()} is not there; make it with: {command}")

@@ -116,6 +116,7 @@ class Loader:
         cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if cuda else None
         self._pinned = deque((torch.empty(self.shape, dtype=torch.int64, pin_memory=True), None) for _ in range(3 * cuda))
+        self._filling: Future[Tensor] | None = None
         self._restart()
 
     def __iter__(self) -> "Loader":
@@ -131,12 +132,6 @@ class Loader:
         self.position += self._stride
         self._advance()
         return batch[0], batch[1]
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far, by position; with sampling="random" the nominal number."""
-        T = self.shape[2]
-        return self.position * T / sum(shard.count for shard in self.shards)
 
     def state(self) -> dict:
         """What :meth:`load_state` takes: plain integers and strings. Batches that wait in the pipeline do not count."""
@@ -178,6 +173,8 @@ class Loader:
         return self.world_size * self.shape[1]
 
     def _restart(self) -> None:
+        if self._stream is not None and self._filling is not None:
+            self._pinned.append((self._filling.result(), None))
         self._next = self.position  # where the thread reads next; ahead of `position` by what the pipeline holds
         self._filling = self._submit()
         self._advance()

@@ -20,17 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt import config, tokenizer
-from nanogpt.data import ROOT, assets, check, plays
+from nanogpt.data import RECIPES, ROOT, assets, check, plays
 from nanogpt.data.shards import SIDECAR, read_json, write_shard
 
 USAGE = "python -m nanogpt.data.prepare NAME"
 CHUNK = 1 << 20  # characters that one thread encodes at a time
-RECIPES = {  # name -> (texts, tokenizer)
-    "shakespeare_char": ("tinyshakespeare", "char"),
-    "shakespeare": ("tinyshakespeare", "gpt2"),
-    "plays_char": ("plays", "char"),
-    "plays": ("plays", "gpt2"),
-}
 
 
 @dataclass
