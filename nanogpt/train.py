@@ -149,10 +149,8 @@ def restore(run: Run, path: Path, state: dict) -> None:
     checkpoint.restore_optim(run.model, run.optimizer, run.loss_scale, tensors, path / checkpoint.OPTIM)
     run.loader.load_state(state["loader"])
     run.it, run.evaluated = state["iter"], state["evaluated"]
-    run.val_loss, run.best_val_loss = (
-        math.nan if state["val_loss"] is None else state["val_loss"],
-        math.inf if state["best_val_loss"] is None else state["best_val_loss"],
-    )
+    run.val_loss = math.nan if state["val_loss"] is None else state["val_loss"]
+    run.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
     if len(state["rng"]) == run.world.size:
         distributed.restore_rng(state["rng"][run.world.rank], run.world.device)
     else:  # dropout draws anew; the data order goes on
@@ -249,12 +247,14 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) 
 
     while True:
         done = run.it == config.max_iters
-        if (run.it % config.eval_interval == 0 or done) and run.evaluated != run.it:
+        due = (run.it % config.eval_interval == 0 or done) and run.evaluated != run.it
+        if due or config.eval_only:
             report(readback.flush())
             losses, stopping = evaluate(run, bool(stop))
             run.evaluated, run.val_loss = run.it, losses.get("val", math.nan)
             improved = run.val_loss < run.best_val_loss
-            run.best_val_loss = min(run.val_loss, run.best_val_loss) if improved else run.best_val_loss
+            if improved:
+                run.best_val_loss = run.val_loss
             if log:
                 log.evaluation(run.it, losses)
                 log.throughput.start()
@@ -294,12 +294,12 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) 
 def banner(run: Run, peak: float | None) -> str:
     """What the run is about to do, and with what."""
     config, world, device = run.config, run.world, run.world.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     data = open_dataset(run.data_dir)
     counts = ", ".join(f"{split} {data.count(split):,}" for split in SPLITS if data.splits.get(split))
     c = run.model.config
     lines = [
-        f"device: {device} ({name}), {str(run.model.dtype).removeprefix('torch.')}, {world.size} process(es), "
+        f"device: {name}, {str(run.model.dtype).removeprefix('torch.')}, {world.size} process{'es' * (world.size > 1)}, "
         f"torch {torch.__version__}{', deterministic' if config.deterministic else ''}{', compiled' if config.compile else ''}",
         f"model: {run.model.parameter_count() / 1e6:.2f}M parameters, {c.n_layer} layers, {c.n_head} heads, "
         f"{c.n_embd} channels, vocabulary {c.vocab_size}, {c.gelu} GELU",
@@ -312,7 +312,7 @@ def banner(run: Run, peak: float | None) -> str:
         groups.setdefault(choice, []).append(op)
     lines += [f"kernels: {backend}: {', '.join(ops)} ({reason})" for (backend, reason), ops in groups.items()]
     if peak is None:
-        lines.append(f"mfu: n/a, the peak of {name} is not in the table; --peak_flops=F sets it")
+        lines.append(f"mfu: n/a, the peak rate of this device ({name}) is not known; --peak_flops=F sets it")
     return "\n".join(lines)
 
 

@@ -1,0 +1,424 @@
+"""nanogpt.train as its users start it: real processes, one and two, stopped by signals and resumed, on a small text."""
+
+import functools
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanogpt import checkpoint, train
+from nanogpt.config import TrainConfig, load
+from nanogpt.data.loader import Loader
+from nanogpt.model import GPT
+from nanogpt.optim import learning_rate
+
+ROOT = Path(__file__).parent.parent
+TINY = {"device": "cpu", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "eval_iters": 3}
+TINY |= {"gradient_accumulation_steps": 2, "max_iters": 12, "eval_interval": 5, "warmup_iters": 2, "lr_decay_iters": 12}
+TINY |= {"learning_rate": 1e-2, "min_lr": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Random walks over 32 tokens, in nanoGPT's headerless form."""
+    path = tmp_path_factory.mktemp("walk")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 20_000), ("val", 3000)):
+        (np.cumsum(generator.integers(-1, 2, count)) % 32).astype(np.uint16).tofile(path / f"{split}.bin")
+    (path / "dataset.json").write_text('{"vocab_size": 32}')
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    before = {number: signal.getsignal(number) for number in train.distributed.StopRequest.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def arguments(data, out_dir, **keys):
+    return [f"--{key}={value}" for key, value in (TINY | {"dataset": data, "out_dir": out_dir} | keys).items()]
+
+
+def run(data, out_dir, **keys):
+    """A run in this process."""
+    return train.main(load(TrainConfig, arguments(data, out_dir, **keys)))
+
+
+def start(command, **environment):
+    """A run in processes of its own; (exit code, stdout, stderr)."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def records(out_dir, kind):
+    lines = (json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(out_dir):
+    return [(r["iter"], r["loss"]) for r in records(out_dir, "train")]
+
+
+def status(out_dir):
+    return json.loads((Path(out_dir) / "status.json").read_text())
+
+
+def test_exactly_max_iters_updates_the_last_one_evaluated_and_saved(data, tmp_path, capsys):
+    assert run(data, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert [it for it, _ in losses(tmp_path)] == list(range(12))
+    assert [r["iter"] for r in records(tmp_path, "eval")] == [0, 5, 10, 12]
+    assert status(tmp_path)["state"] == "finished"
+    assert status(tmp_path)["iter"] == 12
+    assert checkpoint.steps(tmp_path) == [10, 12]
+    state = checkpoint.read_state(checkpoint.find(tmp_path))
+    assert (state["iter"], state["final"], state["tokens"]) == (12, True, 12 * 2 * 4 * 16)
+    assert state["val_loss"] == records(tmp_path, "eval")[-1]["val_loss"]
+    assert state["loader"]["position"] == 12 * 2 * 4
+    assert float(checkpoint.load_tensors(checkpoint.find(tmp_path) / checkpoint.OPTIM)["step"]) == 12
+    for expected in (
+        r"device: cpu, float32, 1 process, torch 2\.",
+        r"model: 0\.01M parameters, 2 layers",
+        r"data: .*walk0, tokens: train 20,000, val 3,000, sampling: epoch",
+        r"tokens per update: 128 = 2 micro-steps x 4 sequences x 16 tokens; updates: 0 to 12",
+        r"kernels: torch: .*attention.*\(.*Triton.*\)",
+        r"mfu: n/a, .* --peak_flops",
+        r"GPU sensors: none for device cpu",
+        r"step 12: train loss \d\.\d{4}, val loss \d\.\d{4}",
+        r"iter 11: loss \d\.\d{4}, time \d+\.\d\dms, mfu n/a, lr 1\.\d\de-03, norm \d+\.\d{3}, [\d,]+ tok/s, eta 0s",
+    ):
+        assert re.search("^" + expected, out, re.MULTILINE), expected
+
+
+def test_learns(data, tmp_path):
+    run(data, tmp_path, max_iters=150, lr_decay_iters=150, eval_interval=150)
+    first, last = records(tmp_path, "eval")
+    assert first["val_loss"] == pytest.approx(math.log(32), abs=0.1)
+    assert last["val_loss"] < 2.5  # the walk itself has 1.1
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, C, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.ln_1, self.ln_2 = (nn.LayerNorm(C, bias=False) for _ in range(2))
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C, bias=False), "c_proj": nn.Linear(C, C, bias=False)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C, bias=False), "c_proj": nn.Linear(4 * C, C, bias=False)})
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.attn.c_attn(self.ln_1(x)).split(C, dim=2))
+        scores = (q @ k.transpose(-2, -1)) / math.sqrt(k.shape[-1])
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        x = x + self.attn.c_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
+
+
+class PlainGPT(nn.Module):
+    """GPT-2 as nanoGPT defines it, in plain PyTorch."""
+
+    def __init__(self, c):
+        super().__init__()
+        blocks = nn.ModuleList(PlainBlock(c.n_embd, c.n_head) for _ in range(c.n_layer))
+        tables = {"wte": nn.Embedding(c.vocab_size, c.n_embd), "wpe": nn.Embedding(c.block_size, c.n_embd)}
+        self.transformer = nn.ModuleDict(tables | {"h": blocks, "ln_f": nn.LayerNorm(c.n_embd, bias=False)})
+
+    def forward(self, idx, targets):
+        t = self.transformer
+        x = t.wte(idx) + t.wpe(torch.arange(idx.shape[1]))
+        for block in t.h:
+            x = block(x)
+        logits = t.ln_f(x) @ t.wte.weight.T
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def test_first_100_losses_equal_those_of_plain_pytorch(data, tmp_path):
+    keys = {"max_iters": 100, "lr_decay_iters": 100, "eval_interval": 1000, "warmup_iters": 10}
+    run(data, tmp_path, **keys)
+    config = load(TrainConfig, arguments(data, tmp_path, **keys))
+    torch.manual_seed(config.seed)
+    weights = dict(GPT(config.model(32), torch.float32).named_parameters())
+    model = PlainGPT(config.model(32))
+    model.load_state_dict(weights)
+    decay = {True: [], False: []}
+    for p in model.parameters():
+        decay[p.dim() >= 2].append(p)
+    groups = [{"params": decay[True], "weight_decay": 0.1}, {"params": decay[False], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    loader = Loader(data, "train", config.batch_size, config.block_size, seed=config.seed)
+    for it, ours in losses(tmp_path):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(it, config)
+        batches = [next(loader) for _ in range(2)]
+        theirs = sum(model(x, y) for x, y in batches) / 2
+        theirs.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert abs(ours - theirs.item()) < 1e-4, it
+    loader.close()
+
+
+# A run that sends itself a signal while update N runs on rank R, as a scheduler would
+KILLED = """
+import os, signal, sys
+from nanogpt import config, distributed, train
+number, rank, at = sys.argv[1:4]
+push = distributed.Readback.push
+def signalled(self, it, values):
+    if it == int(at) and self.world.rank == int(rank):
+        os.kill(os.getpid(), getattr(signal, number))
+    return push(self, it, values)
+distributed.Readback.push = signalled
+sys.exit(train.main(config.load(config.TrainConfig, sys.argv[4:])))
+"""
+
+
+@pytest.mark.parametrize(("number", "keys"), [("SIGTERM", {"gradient_accumulation_steps": 3, "dropout": 0.2})])
+def test_r13_stopped_and_resumed_as_if_never_stopped(data, tmp_path, number, keys):
+    code, _, err = start(["-m", "nanogpt.train", *arguments(data, tmp_path / "whole", **keys)])
+    assert code == 0, err
+    killed = tmp_path / "killed"
+    code, out, err = start(["-c", KILLED, number, 0, 6, *arguments(data, killed, **keys)])
+    assert code == 0, err
+    assert status(killed)["state"] == "preempted"
+    assert status(killed)["iter"] in (7, 8)  # at most one step later
+    assert checkpoint.read_state(checkpoint.find(killed))["status"] == "preempted"
+    stopped = status(killed)["iter"]
+    assert [it for it, _ in losses(killed)] == list(range(stopped))
+    code, out, err = start(["-m", "nanogpt.train", *arguments(data, killed, init_from="resume", **keys)])
+    assert code == 0, err
+    assert f"resuming from {killed}/step-{stopped}\n" in out
+    assert losses(killed) == losses(tmp_path / "whole")  # bitwise
+    evals = [[(r["iter"], r["val_loss"]) for r in records(path, "eval")] for path in (killed, tmp_path / "whole")]
+    assert evals[0] == evals[1]
+    for name in (checkpoint.MODEL, checkpoint.OPTIM):
+        ours, theirs = (checkpoint.load_tensors(path / "step-12" / name) for path in (killed, tmp_path / "whole"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() | theirs.keys())
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one_and_stop_together(data, tmp_path):
+    keys = {"gradient_accumulation_steps": 4}
+    run(data, tmp_path / "one", **keys)
+    code, out, err = start([*TORCHRUN, "-m", "nanogpt.train", *arguments(data, tmp_path / "two", **keys)])
+    assert code == 0, err
+    assert "2 processes" in out
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 12
+    assert max(abs(a - b) for (_, a), (_, b) in zip(one, two, strict=True)) < 1e-4
+    evals = [[r["val_loss"] for r in records(tmp_path / name, "eval")] for name in ("one", "two")]
+    assert np.abs(np.subtract(*evals)).max() < 1e-4
+
+    # The worker that writes nothing is told to stop: both do, and the run goes on as if it had not been
+    killed = tmp_path / "killed"
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    code, out, err = start([*TORCHRUN, script, "SIGTERM", 1, 6, *arguments(data, killed, **keys)])
+    assert code == 0, err
+    assert status(killed)["state"] == "preempted"
+    assert status(killed)["iter"] in (7, 8)
+    assert len(checkpoint.read_state(checkpoint.find(killed))["rng"]) == 2
+    code, out, err = start([*TORCHRUN, "-m", "nanogpt.train", *arguments(data, killed, init_from="resume", **keys)])
+    assert code == 0, err
+    assert losses(killed) == two
+
+
+def test_r04_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, caplog):
+    run(data, tmp_path)
+    reference = losses(tmp_path)
+    with open(tmp_path / "step-12" / checkpoint.MODEL, "r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    with caplog.at_level(logging.WARNING):
+        assert run(data, tmp_path, init_from="resume") == 0
+    assert re.search(r"step-12/model.safetensors: tensor \S+ was altered; passing over step-12", caplog.text)
+    assert losses(tmp_path) == reference
+    checkpoint.verify(tmp_path / "step-12")  # written anew
+
+
+def mistake(capsys, *args, **keys):
+    with pytest.raises(SystemExit) as stop:
+        run(*args, **keys)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_r04_nothing_to_resume_is_an_error(data, tmp_path, capsys):
+    assert "no checkpoint; there is none" in mistake(capsys, data, tmp_path, init_from="resume")
+    run(data, tmp_path)
+    capsys.readouterr()
+    assert "no checkpoint step-3; it has steps 10, 12" in mistake(capsys, data, tmp_path, resume=3)
+    for step in (10, 12):
+        (tmp_path / f"step-{step}" / checkpoint.STATE).unlink()
+    before = sorted(tmp_path.rglob("*"))
+    assert "none of its 2 checkpoints can be read" in mistake(capsys, data, tmp_path, init_from="resume")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_run_is_not_written_over(data, tmp_path, capsys):
+    run(data, tmp_path)
+    capsys.readouterr()
+    assert "holds step-12 of another run" in mistake(capsys, data, tmp_path)
+    assert run(data, tmp_path, overwrite=True, max_iters=3) == 0
+    assert checkpoint.steps(tmp_path) == [3]
+    assert [it for it, _ in losses(tmp_path)] == [0, 1, 2]
+
+
+def test_restarted_by_torchrun_continues(data, tmp_path, monkeypatch):
+    run(data, tmp_path, max_iters=6)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run(data, tmp_path, overwrite=True) == 0
+    assert [r["iter"] for r in records(tmp_path, "start")] == [0, 6]
+    assert [it for it, _ in losses(tmp_path)] == list(range(12))
+
+
+def test_resume_takes_the_shape_from_the_checkpoint_and_tells_what_changed(data, tmp_path, capsys):
+    run(data, tmp_path, max_iters=5)
+    run(data, tmp_path, init_from="resume", n_layer=1, block_size=8, learning_rate=0.02)
+    out = capsys.readouterr().out
+    assert f"resuming from {tmp_path}/step-5; changed: learning_rate 0.01 -> 0.02, max_iters 5 -> 12\n" in out
+    assert out.count("2 layers") == 2
+
+
+def test_resume_on_other_data_is_refused(data, tmp_path, capsys):
+    run(data, tmp_path / "out")
+    other = tmp_path / "other"
+    other.mkdir()
+    np.arange(9000, dtype=np.uint16).__mod__(32).tofile(other / "train.bin")
+    (other / "dataset.json").write_text('{"vocab_size": 32}')
+    capsys.readouterr()
+    assert "the data order cannot be continued: fingerprint was" in mistake(capsys, other, tmp_path / "out", init_from="resume")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dataset": "nowhere"}, "dataset=nowhere: neither"),
+        ({"block_size": 30_000}, "block_size=30000 needs 30001 tokens in a row"),
+        ({"device": "cuda:99"}, "device=cuda:99: "),
+        ({"kernels": "triton"}, "kernels=triton: attention on cpu: "),
+        ({"wandb_log": True}, "wandb_log=True: not installed"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_found_after_the_command_line(data, tmp_path, capsys, monkeypatch, keys, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert message in mistake(capsys, data, tmp_path, **keys)
+    train.dispatch.use("auto")
+
+
+def test_unknown_key_answers_without_importing_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('imported')")
+    code, out, err = start(["-m", "nanogpt.train", "--learning_rat=1"], PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (code, out, err) == (2, "", "train: unknown key --learning_rat; did you mean --learning_rate?\n")
+
+
+def test_eval_only_changes_nothing(data, tmp_path, capsys):
+    run(data, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run(data, tmp_path, init_from="resume", eval_only=True, eval_iters=2) == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert "step 12: train loss" in capsys.readouterr().out
+
+
+def test_only_a_new_best_is_saved_where_asked(data, tmp_path):
+    # A learning rate this high undoes what the first evaluation found
+    run(data, tmp_path, always_save_checkpoint=False, eval_interval=2, learning_rate=3.0, decay_lr=False, keep_checkpoints=9)
+    evals = [(r["iter"], r["val_loss"]) for r in records(tmp_path, "eval")]
+    best, expected = evals[0][1], []
+    for it, val_loss in evals[1:]:
+        if val_loss < best or it == 12:
+            expected.append(it)
+        best = min(best, val_loss)
+    assert len(expected) < len(evals) - 1
+    assert checkpoint.steps(tmp_path) == expected
+
+
+def test_saves_by_the_clock(data, tmp_path):
+    run(data, tmp_path, eval_interval=100, checkpoint_minutes=1e-9, keep_checkpoints=9, max_iters=4)
+    assert checkpoint.steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_r06_training_goes_on_where_a_save_fails(data, tmp_path, monkeypatch, caplog):
+    save = checkpoint.save
+
+    def full(out_dir, step, *args):
+        if step == 5:
+            raise OSError(28, "No space left on device", "out")
+        return save(out_dir, step, *args)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert run(data, tmp_path) == 0
+    assert "checkpoint not written: [Errno 28] No space left on device: 'out'" in caplog.text
+    assert checkpoint.steps(tmp_path) == [10, 12]
+    monkeypatch.setattr(checkpoint, "save", lambda *args: full(tmp_path, 5))
+    assert run(data, tmp_path / "last", max_iters=3) == 1  # nothing of this run was saved
+    assert status(tmp_path / "last")["state"] == "failed"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit(data, tmp_path, dtype):
+    run(data, tmp_path, dtype=dtype, max_iters=30, lr_decay_iters=30, eval_interval=30)
+    first, last = records(tmp_path, "eval")
+    assert last["val_loss"] < first["val_loss"] - 0.3
+    optim = checkpoint.load_tensors(checkpoint.find(tmp_path) / checkpoint.OPTIM)
+    assert ("loss_scale" in optim) == (dtype == "float16")
+
+
+def test_evaluation_does_not_disturb_the_training(data, tmp_path):
+    for interval in (3, 100):
+        run(data, tmp_path / str(interval), eval_interval=interval, dropout=0.1)
+    assert losses(tmp_path / "3") == losses(tmp_path / "100")
+
+
+def test_sampling_with_replacement_is_another_order(data, tmp_path):
+    for sampling in ("epoch", "random"):
+        run(data, tmp_path / sampling, sampling=sampling, max_iters=3)
+    assert losses(tmp_path / "epoch") != losses(tmp_path / "random")
+
+
+def test_compiled_follows_eager(data, tmp_path, monkeypatch):
+    # Inductor itself would take a minute, and is PyTorch's to test
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    run(data, tmp_path / "eager", max_iters=3)
+    run(data, tmp_path / "compiled", max_iters=3, compile=True)
+    eager, compiled = (losses(tmp_path / name) for name in ("eager", "compiled"))
+    assert np.abs(np.subtract(eager, compiled)).max() < 1e-5
+    names = checkpoint.load_tensors(tmp_path / "compiled" / "step-3" / checkpoint.MODEL).keys()
+    assert not any(name.startswith("_orig_mod") for name in names)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gpu_run_deterministic_stop_and_resume(data, tmp_path, dtype):
+    keys = {"device": "cuda", "dtype": dtype, "deterministic": True, "dropout": 0.1, "n_embd": 64}
+    code, _, err = start(["-m", "nanogpt.train", *arguments(data, tmp_path / "whole", **keys)])
+    assert code == 0, err
+    code, _, err = start(["-c", KILLED, "SIGTERM", 0, 6, *arguments(data, tmp_path / "killed", **keys)])
+    assert code == 0, err
+    code, _, err = start(["-m", "nanogpt.train", *arguments(data, tmp_path / "killed", init_from="resume", **keys)])
+    assert code == 0, err
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
