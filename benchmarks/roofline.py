@@ -163,15 +163,15 @@ def lines(
     """The table: a column per prediction (plan and ceilings), then the measured ones."""
     predicted = {name: predict(size, tokens, plan, c) for name, (plan, c) in columns.items()}
     every = predicted | {name: parts for name, parts in measured.items() if parts}
-    out = [f"{'ns per token':<24}" + "".join(f"{name:>22}" for name in every)]
+    out = [f"{'ns per token':<24}" + "".join(f"{name:>26}" for name in every)]
     for part in next(iter(predicted.values())):
-        out.append(f"{part:<24}" + "".join(f"{v.get(part, 0):>22.0f}" for v in every.values()))
-    out.append(f"{'tokens/s':<24}" + "".join(f"{1e9 / v['total']:>22,.0f}" for v in every.values()))
+        out.append(f"{part:<24}" + "".join(f"{v.get(part, 0):>26.0f}" for v in every.values()))
+    out.append(f"{'tokens/s':<24}" + "".join(f"{1e9 / v['total']:>26,.0f}" for v in every.values()))
     for causal, label in ((False, "mfu"), (True, "mfu_causal")):
         flops = flops_per_token(size, causal)
         peaks = [c.peak for _, c in columns.values()] + [next(iter(columns.values()))[1].peak] * (len(every) - len(columns))
         shares = [100 * flops / (v["total"] * 1e-9) / peak for v, peak in zip(every.values(), peaks)]
-        out.append(f"{label:<24}" + "".join(f"{s:>21.1f}%" for s in shares))
+        out.append(f"{label:<24}" + "".join(f"{s:>25.1f}%" for s in shares))
     return out
 
 

@@ -6,17 +6,15 @@
 set -uo pipefail
 
 out="" minutes=9 only="build,step124,tests,ops,step350,startup"
+usage() { echo "gpu_suite.sh: $1 (--out DIR [--minutes N] [--only $only])" >&2; exit 2; }
 while [ $# -gt 0 ]; do
-    case "$1" in
-    --out) out=$2 ;;
-    --minutes) minutes=$2 ;;
-    --only) only=$2 ;;
-    *) echo "gpu_suite.sh: unknown option $1 (expected --out DIR, --minutes N, --only build,step124,tests,ops,step350,startup)" >&2; exit 2 ;;
-    esac
-    [ $# -ge 2 ] || { echo "gpu_suite.sh: $1 needs a value" >&2; exit 2; }
+    case "$1" in --out | --minutes | --only) [ $# -ge 2 ] || usage "$1 needs a value" ;; *) usage "unknown option $1" ;; esac
+    case "$1" in --out) out=$2 ;; --minutes) minutes=$2 ;; --only) only=$2 ;; esac
     shift 2
 done
-[ -n "$out" ] || { echo "gpu_suite.sh: --out DIR is missing" >&2; exit 2; }
+budget=$(awk -v m="$minutes" 'BEGIN { print int(60 * m) }')
+[ "$budget" -gt 0 ] || usage "--minutes $minutes is no positive number"
+[ -n "$out" ] || usage "--out DIR is missing"
 
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -24,7 +22,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 started=$SECONDS failures=0
-left() { echo $((minutes * 60 - (SECONDS - started))); }
+left() { echo $((budget - (SECONDS - started))); }
 
 # part NAME LIMIT_SECONDS COMMAND...: within its limit and what is left of the minutes.
 part() {
