@@ -460,7 +460,7 @@ def test_check_and_info(small, capsys):
 def test_check_names_file_and_offset_of_a_token(small, capsys):
     with open(small / "train_000001.bin", "r+b") as file:
         file.seek(1024 + 2 * 123)
-        file.write(np.array([60000], dtype="<u2").tobytes())
+        file.write(np.array([60000, 60001], dtype="<u2").tobytes())
     assert run("check", "small") == 2
     lines = capsys.readouterr().err.splitlines()
     vocabulary = len(set(TEXT))
