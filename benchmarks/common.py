@@ -148,6 +148,7 @@ class Bench:
         self.gpu = args.device.startswith("cuda")
         if self.gpu:
             torch.cuda.set_device(torch.device(args.device).index or 0)
+        torch._dynamo.config.cache_size_limit = 64  # one function compiled for many shapes
         args.dtype = args.dtype or ("bf16" if self.gpu else "fp32")
         self.dtype = DTYPES[args.dtype]
         self.facts = machine(args.device)
@@ -440,11 +441,15 @@ def plot(rows: list[dict], path: Path, unit: str | None = None) -> None:
 
 
 def backend(name: str, function: Callable) -> Callable:
-    """The function with ``kernels`` asked for this backend, whatever other providers ask for."""
+    """The function with ``kernels`` asked for this backend while it runs."""
     from kernels import dispatch
 
     def call(*inputs):
+        before = dispatch.requested()
         dispatch.use(name)
-        return function(*inputs)
+        try:
+            return function(*inputs)
+        finally:
+            dispatch.use(before)
 
     return call

@@ -86,7 +86,6 @@ def baseline(
 
 
 def ours(size: Size, dtype: torch.dtype, device: str, kernels: str) -> Trainer:
-    from kernels import dispatch
     from nanogpt.config import GPTConfig
     from nanogpt.model import GPT
     from nanogpt.optim import AdamW
@@ -96,26 +95,22 @@ def ours(size: Size, dtype: torch.dtype, device: str, kernels: str) -> Trainer:
         model = GPT(GPTConfig(**dict(zip(names, size)), vocab_size=size.vocab_size, dropout=0.0, bias=False), dtype=dtype)
     optimizer = AdamW(model.decay_groups(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
-    def loss(idx, targets):
-        dispatch.use(kernels)  # process-wide, and other providers ran since
-        return model(idx, targets)[1]
-
-    return Trainer(model, loss, lambda: optimizer.step(max_norm=1.0))
+    loss = common.backend(kernels, lambda idx, targets: model(idx, targets)[1])
+    return Trainer(model, loss, common.backend(kernels, lambda: optimizer.step(max_norm=1.0)))
 
 
 def providers(size: Size, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Trainer]]:
     made = {
-        "eager": lambda: baseline(size, dtype, device, False, "default"),
-        "compile-flash": lambda: baseline(size, dtype, device, True, "flash"),
-        "compile-cudnn": lambda: baseline(size, dtype, device, True, "cudnn"),
-        "compile-cudnn-low": lambda: baseline(size, dtype, device, True, "cudnn", low_residual=True),
         "ours": lambda: ours(size, dtype, device, "auto"),
+        "compile-cudnn-low": lambda: baseline(size, dtype, device, True, "cudnn", low_residual=True),
+        "compile-cudnn": lambda: baseline(size, dtype, device, True, "cudnn"),
+        "compile-flash": lambda: baseline(size, dtype, device, True, "flash"),
+        "eager": lambda: baseline(size, dtype, device, False, "default"),
         "ours-torch": lambda: ours(size, dtype, device, "torch"),
     }
     if not device.startswith("cuda"):  # one attention only, and no compile where there may be no C++ compiler
-        made = {"eager": made["eager"], "compile": lambda: baseline(size, dtype, device, True, "default")} | {
-            name: made[name] for name in ("ours", "ours-torch")
-        }
+        compiled = {"compile": lambda: baseline(size, dtype, device, True, "default")}
+        made = {"ours": made["ours"]} | compiled | {name: made[name] for name in ("eager", "ours-torch")}
     return made
 
 
@@ -239,6 +234,7 @@ class Benchmark:
         trainer.step(*self.batch)
         self.peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20 if bench.gpu else ""
         self.trainers[name], self.times[name] = trainer, []
+        self.report(name, turn(trainer, self.batch, bench, 3))  # a row at once; the one timed in turns replaces it
         print(
             f"# {name}: ready in {time.perf_counter() - started:.1f} s, error {self.errors[name]:.2f} x PyTorch's", flush=True
         )
@@ -253,14 +249,13 @@ class Benchmark:
                 except Exception as error:
                     self.failed(name, error)
 
-    def report(self) -> None:
+    def report(self, name: str, times: list[float]) -> None:
         peak = common.data_sheet(self.bench.facts["device"], self.bench.dtype).flops
-        for name in self.trainers:
-            stats = common.quantiles(self.times[name])
-            rate = self.B * self.T / stats.median * 1e3
-            mfu = {key: 100 * flops * rate / peak for key, flops in self.flops.items()} if peak else {}
-            more = {"tokens_per_s": round(rate), "peak_mib": self.peaks[name], "error": self.errors[name], **mfu}
-            self.bench.row(self.case, name, "step", stats=stats, **more)
+        stats = common.quantiles(times)
+        rate = self.B * self.T / stats.median * 1e3
+        mfu = {key: 100 * flops * rate / peak for key, flops in self.flops.items()} if peak else {}
+        more = {"tokens_per_s": round(rate), "peak_mib": self.peaks[name], "error": self.errors[name], **mfu}
+        self.bench.row(self.case, name, "step", stats=stats, **more)
 
     def breakdown(self, name: str, keep: bool) -> None:
         """Rows `part COMPONENT` in ms a step, and their share of it."""
@@ -279,7 +274,7 @@ class Benchmark:
             print(f"#   {ms:8.3f} ms  {where:<14} {kernel[:110]}", flush=True)
 
     def run(self) -> None:
-        args, bench = self.bench.args, self.bench
+        args, bench, started = self.bench.args, self.bench, time.perf_counter()
         rounds, steps = (1, 2) if args.tiny else (3, max(2, args.steps // 3))
         reference = Reference(self.size, bench.dtype, bench.device, self.state, *self.batch)
         makers = bench.wanted(providers(self.size, bench.dtype, bench.device))
@@ -287,6 +282,9 @@ class Benchmark:
         memory = torch.cuda.get_device_properties(bench.device).total_memory if bench.gpu else float("inf")
         together = states * len(makers) < 0.3 * memory and not args.one_by_one
         for name, make in makers.items():
+            if args.seconds and time.perf_counter() - started > args.seconds:
+                bench.row(self.case, name, "step", f"skipped: {args.seconds} seconds had passed")
+                continue
             try:
                 self.prepare(name, make, reference)
             except Exception as error:  # any provider may fail in any way: the row says how, the others go on
@@ -304,7 +302,8 @@ class Benchmark:
 
     def finish(self, rounds: int, steps: int) -> None:
         self.timed(rounds, steps)
-        self.report()
+        for name in self.trainers:
+            self.report(name, self.times[name])
         args = self.bench.args
         if self.bench.gpu and (args.breakdown or args.profile):
             for name in self.trainers:
@@ -349,6 +348,7 @@ def main(argv: list[str] | None = None) -> common.Bench | int:
     parser.add_argument("--breakdown", action="store_true", help="device time by component")
     parser.add_argument("--profile", action="store_true", help="--breakdown, and keep the traces beside the rows")
     parser.add_argument("--startup", action="store_true", help="also time from process start to the end of the first step")
+    parser.add_argument("--seconds", type=float, help="after these, no further provider is compiled and checked")
     parser.add_argument("--one-by-one", action="store_true", help="one provider in memory at a time, so no turns")
     parser.add_argument("--first-step", help="internal: one step of this provider in this process")
     args = parser.parse_args(argv)
@@ -357,7 +357,6 @@ def main(argv: list[str] | None = None) -> common.Bench | int:
     args.steps = args.steps or (12 if args.quick else 30)
     bench = common.Bench("train_step", args)
     torch.backends.cuda.matmul.allow_tf32 = False  # the fp32 reference means fp32
-    torch._dynamo.config.cache_size_limit = 64  # several models share one forward
     sizes = args.size or (["tiny"] if args.tiny else ["124M"] if bench.gpu else ["char"])
     for size in sizes:
         for batch in args.batch or [None]:

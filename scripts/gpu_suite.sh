@@ -49,7 +49,7 @@ export python out
 : >"$out/parts.tmp"
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv | tee -a "$out/suite.log"
 wanted build && part "build extension" 180 "$python" setup.py build_ext --inplace
-wanted step124 && part "step 124M" 200 bash -c 'bench train_step --quick --size 124M --breakdown'
+wanted step124 && part "step 124M" 240 bash -c 'bench train_step --quick --size 124M --breakdown --seconds 170'
 if wanted tests; then
     workers=$("$python" -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
     # shellcheck disable=SC2086
@@ -57,10 +57,10 @@ if wanted tests; then
 fi
 if wanted ops; then
     for op in attention cross_entropy mlp layernorm optimizer embedding ceilings; do
-        part "$op" 75 bash -c "bench $op --quick"
+        part "$op" 100 bash -c "bench $op --quick"
     done
 fi
-wanted step350 && part "step 350M" 150 bash -c 'bench train_step --quick --size 350M'
+wanted step350 && part "step 350M" 200 bash -c 'bench train_step --quick --size 350M --seconds 120'
 wanted startup && part "start-up" 120 bash -c 'bench train_step --quick --size 124M --providers ours --startup --steps 3'
 
 {
