@@ -266,7 +266,7 @@ class Bench:
 
     def time(self, calls: dict[str, Callable[[], object]]) -> dict[str, Stats]:
         """Interleaved timing of functions without arguments; about 0.1 s each when quick, else 0.4 s."""
-        budget = 1.0 if self.args.tiny else 100.0 if self.args.quick else 400.0  # ms a provider
+        budget = 0.0 if self.args.tiny else 100.0 if self.args.quick else 400.0  # ms a provider
         return interleaved(calls, self.device, budget)
 
     def finish(self) -> None:
@@ -367,19 +367,21 @@ def _l2_eraser(device: str) -> Tensor:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], device: str, budget_ms: float) -> dict[str, Stats]:
-    """Times each call in turn, round after round, until each has had about budget_ms (5 to 200 rounds)."""
+    """Times each call in turn, round after round, until each has had about budget_ms (10 to 200 rounds; 5 if there is no budget)."""
     if not calls:
         return {}
     gpu = device.startswith("cuda")
     slowest = 0.0
     for call in calls.values():
         call()  # compiles, fills caches
+        if gpu:
+            torch.cuda.synchronize()
         start = time.perf_counter()
         call()
         if gpu:
             torch.cuda.synchronize()
         slowest = max(slowest, 1e3 * (time.perf_counter() - start))
-    rounds = int(min(200, max(5, budget_ms / slowest)))
+    rounds = int(min(200, max(10, budget_ms / slowest))) if budget_ms else 5
     if not gpu:
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
