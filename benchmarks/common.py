@@ -367,7 +367,7 @@ def _l2_eraser(device: str) -> Tensor:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], device: str, budget_ms: float) -> dict[str, Stats]:
-    """Times each call in turn, round after round, until each has had about budget_ms (10 to 200 rounds; 5 if there is no budget)."""
+    """Times each call in turn, round after round, until each had about budget_ms (10 to 200 rounds; 5 without a budget)."""
     if not calls:
         return {}
     gpu = device.startswith("cuda")
