@@ -26,53 +26,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import configs, dispatch
+from kernels import configs, dispatch, gelu
+from kernels.gelu import gelu_and_slope_of, gelu_of
 from kernels.linear import linear_ref, mm_fp32, shadow
 
 APPROXIMATE = ("none", "tanh")
-DGELU_TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}  # bound by memory: 16-byte accesses, few partial sums of the bias
-
-# log2(erfc(a / sqrt 2) / 2) on [0, 5.5], weighted for the error of a * 2^P(a): at most 1.2e-7 absolute, that is fp32 rounding.
-# One MUFU and six FMAs an element; CUDA's erff is a two-sided polynomial of ~25 instructions, and the epilogue is issue-bound.
-P0, P1, P2 = tl.constexpr(-0.9999990463256836), tl.constexpr(-1.1511468887329102), tl.constexpr(-0.45892417430877686)
-P3, P4, P5 = tl.constexpr(-0.05322571098804474), tl.constexpr(0.007971392944455147), tl.constexpr(-0.0007390823448076844)
-P6 = tl.constexpr(2.9989252652740106e-05)
-TANH_LINEAR = tl.constexpr(-2.302208198)  # -2 sqrt(2 / pi) log2(e)
-TANH_CUBIC = tl.constexpr(-0.1029432397)  # the same times 0.044715
-PDF_SCALE = tl.constexpr(0.3989422804)  # 1 / sqrt(2 pi)
-PDF_RATE = tl.constexpr(-0.7213475204)  # -log2(e) / 2
-
-
-@triton.jit
-def _lower_tail(x, TANH: tl.constexpr):
-    """1 - Phi(|x|), in (0, 1/2]: gelu(x) = max(x, 0) - |x| * tail, which loses no digits on either side of 0."""
-    a = tl.abs(x)
-    if TANH:
-        e = tl.exp2(a * tl.fma(TANH_CUBIC, a * a, TANH_LINEAR))
-        return e / (1.0 + e)  # sigmoid(-2u)
-    a = tl.minimum(a, 10.0)  # P turns upwards at 24
-    p = tl.fma(tl.full(x.shape, P6, tl.float32), a, P5)
-    p = tl.fma(p, a, P4)
-    p = tl.fma(p, a, P3)
-    p = tl.fma(p, a, P2)
-    p = tl.fma(p, a, P1)
-    return tl.exp2(tl.fma(p, a, P0))
-
-
-@triton.jit
-def _gelu(x, TANH: tl.constexpr):
-    return tl.maximum(x, 0.0) - tl.abs(x) * _lower_tail(x, TANH)
-
-
-@triton.jit
-def _gelu_and_grad(x, TANH: tl.constexpr):
-    """gelu(x) and gelu'(x) = Phi(x) + x Phi'(x)."""
-    tail = _lower_tail(x, TANH)
-    post = tl.maximum(x, 0.0) - tl.abs(x) * tail
-    cdf = tl.where(x > 0, 1.0 - tail, tail)
-    # Phi': of the tanh form, 2u' tail (1 - tail) with 2u' = 2 sqrt(2 / pi) (1 + 3 * 0.044715 x^2).
-    pdf = tail * (1.0 - tail) * tl.fma(x * x, 0.2140644488, 1.5957691216) if TANH else tl.exp2(x * x * PDF_RATE) * PDF_SCALE
-    return post, tl.fma(x, pdf, cdf)
 
 
 @triton.jit
@@ -150,7 +108,7 @@ def _fwd_kernel(
                 cols = at + tl.arange(0, PART_N)
                 h += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
             _store(pre, h, row, at, M, N, stride_om, BLOCK_M, PART_N, TMA)
-            _store(post, _gelu(h, TANH), row, at, M, N, stride_om, BLOCK_M, PART_N, TMA)
+            _store(post, gelu_of(h, TANH), row, at, M, N, stride_om, BLOCK_M, PART_N, TMA)
 
 
 @triton.jit
@@ -176,7 +134,7 @@ def _bwd_kernel(
             at = col + i * PART_N
             h = _load(pre, row, at, M, N, stride_om, BLOCK_M, PART_N, TMA).to(tl.float32)
             h = tl.fma(parts[i], 0.0, h)  # takes the accumulator's layout; without it, Triton computes GELU once per layout
-            value, slope = _gelu_and_grad(h, TANH)
+            value, slope = gelu_and_slope_of(h, TANH)
             grad = parts[i] * slope  # rows beyond M are 0: their dy is
             _store(post, value, row, at, M, N, stride_om, BLOCK_M, PART_N, TMA)
             _store(dpre, grad, row, at, M, N, stride_om, BLOCK_M, PART_N, TMA)
@@ -185,50 +143,22 @@ def _bwd_kernel(
                 tl.store(partial_ptr + (row // BLOCK_M).to(tl.int64) * N + cols, tl.sum(grad, axis=0), mask=cols < N)
 
 
-@triton.jit
-def _gelu_kernel(pre_ptr, post_ptr, size, TANH: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    pre = tl.load(pre_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
-    tl.store(post_ptr + offs, _gelu(pre, TANH).to(post_ptr.dtype.element_ty), mask=offs < size)
-
-
-@triton.jit
-def _dgelu_kernel(
-    dpost_ptr, pre_ptr, dpre_ptr, post_ptr, partial_ptr,  # (M, N) four times, (tiles of M, N) fp32
-    M, N, stride_m,
-    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dpre = dpost * gelu'(pre) and post = gelu(pre); dpre may be dpost."""
-    row = tl.program_id(0) * BLOCK_M
-    col = tl.program_id(1) * BLOCK_N
-    dpost = _load(dpost_ptr, row, col, M, N, stride_m, BLOCK_M, BLOCK_N, False).to(tl.float32)
-    pre = _load(pre_ptr, row, col, M, N, stride_m, BLOCK_M, BLOCK_N, False).to(tl.float32)
-    post, slope = _gelu_and_grad(pre, TANH)
-    dpre = dpost * slope
-    _store(dpre_ptr, dpre, row, col, M, N, stride_m, BLOCK_M, BLOCK_N, False)
-    _store(post_ptr, post, row, col, M, N, stride_m, BLOCK_M, BLOCK_N, False)
-    if HAS_BIAS:
-        cols = col + tl.arange(0, BLOCK_N)
-        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(dpre, axis=0), mask=cols < N)
-
-
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     # Three programs under the interpreter, so that each walks several tiles.
     return 3 if dispatch.interpreting() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _fusable(*operands: Tensor) -> bool:
-    """Whether the fused kernels take these matrices: 16-bit (fp32 belongs to cuBLAS), rows of whole 16-byte units."""
-    dtypes = (torch.float16, torch.bfloat16, torch.float32) if dispatch.interpreting() else (torch.float16, torch.bfloat16)
-    return all(t.dtype in dtypes and t.numel() > 0 and t.shape[1] % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+def _fusable(x: Tensor, w: Tensor) -> bool:
+    """Whether a fused kernel takes these matrices: 16-bit (fp32 belongs to cuBLAS), rows of whole 16-byte units."""
+    if x.dtype == torch.float32 and not dispatch.interpreting():
+        return False
+    return x.numel() > 0 and all(size % 16 == 0 for size in w.shape) and x.data_ptr() % 16 == w.data_ptr() % 16 == 0
 
 
 # Rows and columns of the tile that a kernel loads or stores of each matrix.
 FWD_TILES = {"x": ("BLOCK_M", "BLOCK_K"), "w": ("BLOCK_N", "BLOCK_K")} | dict.fromkeys(("pre", "post"), ("BLOCK_M", "PART_N"))
-BWD_TILES = {"dy": ("BLOCK_M", "BLOCK_K"), "w": ("BLOCK_K", "BLOCK_N")} | dict.fromkeys(
-    ("pre", "dpre", "post"), ("BLOCK_M", "PART_N")
-)
+BWD_TILES = {"dy": FWD_TILES["x"], "w": ("BLOCK_K", "BLOCK_N")} | dict.fromkeys(("pre", "dpre", "post"), FWD_TILES["pre"])
 
 
 def _operands(config: dict[str, int], tiles: dict[str, tuple[str, str]], *matrices: Tensor) -> dict:
@@ -257,9 +187,7 @@ def _gelu_fwd(x: Tensor, w: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Te
     def launch(config):
         if not (config.pop("fused") and fusable):
             pre = F.linear(x, w, bias)
-            post = torch.empty_like(pre)
-            _gelu_kernel[(triton.cdiv(pre.numel(), 1024),)](pre, post, pre.numel(), TANH=tanh, BLOCK=1024, num_warps=4)
-            return pre, post
+            return pre, gelu.gelu(pre, tanh)
         pre, post = x.new_empty(M, N), x.new_empty(M, N)
         grid = _grid(config, M, N, x.device)
         _fwd_kernel[grid](
@@ -278,20 +206,17 @@ def _gelu_bwd(dy: Tensor, w: Tensor, pre: Tensor, tanh: bool, has_bias: bool) ->
     fusable = _fusable(dy, w)
 
     def launch(config):
-        fused = config.pop("fused") and fusable
-        post = torch.empty_like(pre)
-        dpre = torch.empty_like(pre) if fused else dy @ w
-        rows = config["BLOCK_M"] if fused else DGELU_TILE["BLOCK_M"]
-        partial = dy.new_empty(triton.cdiv(M, rows) if has_bias else 0, N, dtype=torch.float32)
-        if fused:
+        if not (config.pop("fused") and fusable):
+            dpre = dy @ w  # still of post
+            post, partial = gelu.dgelu_(dpre, pre, tanh, has_bias)
+        else:
+            dpre, post = torch.empty_like(pre), torch.empty_like(pre)
+            partial = dy.new_empty(triton.cdiv(M, config["BLOCK_M"]) if has_bias else 0, N, dtype=torch.float32)
             grid = _grid(config, M, N, dy.device)
             _bwd_kernel[grid](
                 **_operands(config, BWD_TILES, dy, w, pre, dpre, post), partial_ptr=partial,
                 M=M, N=N, K=K, stride_ym=dy.stride(0), stride_om=pre.stride(0), HAS_BIAS=has_bias, TANH=tanh, **config,
             )  # fmt: skip
-        else:
-            grid = (triton.cdiv(M, rows), triton.cdiv(N, DGELU_TILE["BLOCK_N"]))
-            _dgelu_kernel[grid](dpre, pre, dpre, post, partial, M, N, pre.stride(0), HAS_BIAS=has_bias, TANH=tanh, **DGELU_TILE)
         return dpre, post, partial.sum(0) if has_bias else partial.view(0)
 
     return launch(configs.select("gelu_mlp_bwd", "default", bwd_candidates, launch))
@@ -403,13 +328,13 @@ KEYS = ("TMA", "BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stage
 UNFUSED = {"fused": 0}
 # sm_80 to sm_89: FLATTEN 0, since cp.async is pipelined in the inner loop only.
 POINTER_CANDIDATES = (
+    (0, 128, 128, 32, 2, 8, 4, 2, 8, 0),
     (0, 128, 128, 32, 2, 8, 4, 1, 8, 0),
     (0, 128, 128, 64, 2, 8, 3, 1, 8, 0),
     (0, 64, 256, 32, 2, 8, 4, 1, 8, 0),
     (0, 128, 256, 32, 4, 8, 3, 1, 8, 0),
     (0, 128, 128, 32, 4, 4, 3, 2, 8, 0),
 )
-FWD_POINTER_CANDIDATES = ((0, 128, 128, 32, 2, 8, 4, 2, 8, 0), *POINTER_CANDIDATES)
 # sm_90. Two programs an SM, under 114 KB of shared memory each: one's epilogue runs beside the other's products. One program:
 # larger tiles read less, but the tensor cores wait for the epilogue.
 FWD_TMA_CANDIDATES = (
@@ -447,7 +372,7 @@ BWD_TMA_CANDIDATES = (
 def fwd_candidates(arch: int) -> Iterator[dict[str, int]]:
     """Configurations of `gelu_mlp_fwd` worth timing; none spills."""
     yield UNFUSED
-    for values in FWD_TMA_CANDIDATES if arch >= 90 else FWD_POINTER_CANDIDATES:
+    for values in FWD_TMA_CANDIDATES if arch >= 90 else POINTER_CANDIDATES:
         yield {"fused": 1, **dict(zip(KEYS, values))}
 
 
@@ -466,9 +391,7 @@ def aot_cases(arch: int) -> Iterator[configs.AotCase]:
             config = configs.lookup(op, "default", arch)
             if config.pop("fused"):
                 yield _aot_case(f"{op}/{variant}", kernel, tiles, config, flags)
-        yield _elementwise_case(f"gelu_bwd/{variant}", _dgelu_kernel, DGELU_TILE, flags)
-        if not has_bias:
-            yield _elementwise_case(f"gelu_fwd/{variant}", _gelu_kernel, {"BLOCK": 1024, "num_warps": 4}, {"TANH": tanh})
+    yield from gelu.aot_cases()
 
 
 def _aot_case(name: str, kernel, tiles: dict[str, tuple[str, str]], config: dict[str, int], flags: dict[str, bool]):
@@ -481,11 +404,3 @@ def _aot_case(name: str, kernel, tiles: dict[str, tuple[str, str]], config: dict
     constants = config | flags
     aligned = tuple(a for a in kernel.arg_names if a not in constants and not signature[a].startswith("tensordesc"))
     return configs.AotCase(name, kernel, signature, constants, options, aligned)
-
-
-def _elementwise_case(name: str, kernel, tile: dict[str, int], flags: dict[str, bool]):
-    constants = {key: value for key, value in tile.items() if key != "num_warps"} | flags
-    pointers = {a: "*fp32" if a == "partial_ptr" else "*bf16" for a in kernel.arg_names if a.endswith("_ptr")}
-    signature = dict.fromkeys(kernel.arg_names, "i32") | pointers
-    aligned = tuple(a for a in kernel.arg_names if a not in constants)
-    return configs.AotCase(name, kernel, signature, constants, {"num_warps": tile["num_warps"]}, aligned)
