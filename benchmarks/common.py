@@ -189,9 +189,11 @@ class Bench:
         print(f"{case:<28} {provider:<22} {pass_:<5} {status[:90] if status != 'ok' else '  '.join(shown)}", flush=True)
 
     def timed_row(self, case: str, provider: str, pass_: str, stats: Stats, work: Work, ceilings: Work | None = None, **more):
-        """A row with rates, and the percentage of the (measured) ceiling that bounds this work."""
+        """A row with rates, and on a GPU the percentage of the (measured) ceiling that bounds this work."""
         seconds = stats.median / 1e3
-        limit = ceilings or self.ceilings
+        limit = (
+            (ceilings or self.ceilings) if self.gpu else Work()
+        )  # a CPU's caches hold our shapes: no one bandwidth bounds them
         floor = max(amount / rate if rate else 0.0 for amount, rate in zip(work, limit))
         if work.flops:
             more["tflops"] = work.flops / seconds / 1e12
