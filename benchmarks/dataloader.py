@@ -2,8 +2,8 @@
 
     python benchmarks/dataloader.py [--quick]
 
-The shard holds consecutive numbers, so a batch proves itself: every y is its x plus one, and so is every next token. Batches are
-drawn back to back, so ours waits for its thread, which a training step hides behind the GPU's work.
+The shard holds consecutive numbers, so a batch proves itself: every y is its x plus one, and so is every next token. Batches
+are drawn back to back, so ours waits for its thread, which a training step hides behind the GPU's work.
 """
 
 import tempfile

@@ -10,6 +10,7 @@ A step is forward, backward, gradient clipping and AdamW on one micro-batch of T
     compile-cudnn       the same, cuDNN's attention
     compile-cudnn-low   the same, residual stream in 16 bits: the strongest of them
     ours                nanogpt.model with the kernels that --kernels=auto picks;  ours-torch: with the PyTorch references
+    ours-compile        ours under torch.compile;  compile-max: compile-cudnn-low with max-autotune.  Only if asked for by name
 
 All start from the same weights and see the same batch. Before it is timed, a provider's loss and gradients must be as close to
 fp32 as plain PyTorch's with a 16-bit residual stream are, within three times, parameter by parameter.
@@ -58,6 +59,9 @@ SIZES = {
 }
 
 
+BY_NAME = ("ours-compile", "compile-max")  # providers that run only if asked for
+
+
 class Trainer(NamedTuple):
     model: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -82,10 +86,11 @@ def baseline(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Trainer(model, torch.compile(model) if compiled else model, update)
+    mode = compiled if isinstance(compiled, str) else None
+    return Trainer(model, torch.compile(model, mode=mode) if compiled else model, update)
 
 
-def ours(size: Size, dtype: torch.dtype, device: str, kernels: str) -> Trainer:
+def ours(size: Size, dtype: torch.dtype, device: str, kernels: str, compiled: bool = False) -> Trainer:
     from nanogpt.config import GPTConfig
     from nanogpt.model import GPT
     from nanogpt.optim import AdamW
@@ -95,7 +100,8 @@ def ours(size: Size, dtype: torch.dtype, device: str, kernels: str) -> Trainer:
         model = GPT(GPTConfig(**dict(zip(names, size)), vocab_size=size.vocab_size, dropout=0.0, bias=False), dtype=dtype)
     optimizer = AdamW(model.decay_groups(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
-    loss = common.backend(kernels, lambda idx, targets: model(idx, targets)[1])
+    forward = torch.compile(model) if compiled else model
+    loss = common.backend(kernels, lambda idx, targets: forward(idx, targets)[1])
     return Trainer(model, loss, common.backend(kernels, lambda: optimizer.step(max_norm=1.0)))
 
 
@@ -107,10 +113,12 @@ def providers(size: Size, dtype: torch.dtype, device: str) -> dict[str, Callable
         "compile-flash": lambda: baseline(size, dtype, device, True, "flash"),
         "eager": lambda: baseline(size, dtype, device, False, "default"),
         "ours-torch": lambda: ours(size, dtype, device, "torch"),
+        "ours-compile": lambda: ours(size, dtype, device, "auto", compiled=True),
+        "compile-max": lambda: baseline(size, dtype, device, "max-autotune-no-cudagraphs", "cudnn", low_residual=True),
     }
     if not device.startswith("cuda"):  # one attention only, and no compile where there may be no C++ compiler
         compiled = {"compile": lambda: baseline(size, dtype, device, True, "default")}
-        made = {"ours": made["ours"]} | compiled | {name: made[name] for name in ("eager", "ours-torch")}
+        made = {"ours": made["ours"]} | compiled | {name: made[name] for name in ("eager", "ours-torch", "ours-compile")}
     return made
 
 
@@ -278,6 +286,7 @@ class Benchmark:
         rounds, steps = (1, 2) if args.tiny else (3, max(2, args.steps // 3))
         reference = Reference(self.size, bench.dtype, bench.device, self.state, *self.batch)
         makers = bench.wanted(providers(self.size, bench.dtype, bench.device))
+        makers = {name: make for name, make in makers.items() if args.providers or name not in BY_NAME}
         states = 20 * sum(p.numel() for p in self.state.values())  # weights, gradient, moments, shadow: 20 bytes each, at most
         memory = torch.cuda.get_device_properties(bench.device).total_memory if bench.gpu else float("inf")
         together = states * len(makers) < 0.3 * memory and not args.one_by_one
