@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import configs, dispatch
+from kernels import attention_hopper, configs, dispatch
 from kernels.dropout import draw_seed
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -292,6 +292,10 @@ def attention_fwd(qkv: Tensor, seed: Tensor | None, n_head: int, dropout_p: floa
     qkv = _readable(qkv)
     out = torch.empty(B, T, C3 // 3, dtype=qkv.dtype, device=qkv.device)
     lse = _empty_stats(qkv, n_head)
+    if attention_hopper.supports(qkv, n_head, dropout_p):
+        with torch.cuda.device_of(qkv):
+            attention_hopper.forward(qkv, out, lse, n_head, scale)
+        return out, lse
     _launch("attention_fwd", n_head, dropout_p, scale, qkv, out=out, lse=lse, seed=seed)
     return out, lse
 
@@ -309,7 +313,12 @@ def attention_bwd(
     dout = dout.contiguous()
     qkv = _readable(qkv)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    tensors = {"dout": dout, "dqkv": dqkv, "lse": lse, "delta": _empty_stats(qkv, n_head), "seed": seed}
+    delta = _empty_stats(qkv, n_head)
+    if attention_hopper.supports(qkv, n_head, dropout_p):
+        with torch.cuda.device_of(qkv):
+            attention_hopper.backward(dout, qkv, out, lse, delta, dqkv, n_head, scale)
+        return dqkv
+    tensors = {"dout": dout, "dqkv": dqkv, "lse": lse, "delta": delta, "seed": seed}
     _launch("attention_dq", n_head, dropout_p, scale, qkv, out=out, **tensors)
     _launch("attention_dkdv", n_head, dropout_p, scale, qkv, **tensors)
     return dqkv

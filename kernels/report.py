@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from kernels.configs import ARCHS, SHARED_LIMIT, AotCase
 
-MODULES = ("attention", "layernorm", "mlp", "cross_entropy", "embedding")
+MODULES = ("attention", "attention_hopper", "layernorm", "mlp", "cross_entropy", "embedding")
 STACK_LIMIT = 32  # bytes a thread
 
 
@@ -48,12 +48,15 @@ def compile_case(case: AotCase, arch: int) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     # The driver's JIT passes arguments in declaration order; attributes are keyed by that position.
     names = case.kernel.arg_names
     signature = {n: "constexpr" if n in case.constants else case.signature[n] for n in names}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
-    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attrs)
+    source_type = GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource
+    constants = {(names.index(n),): value for n, value in case.constants.items()}
+    source = source_type(case.kernel, signature, constexprs=constants, attrs=attrs)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
     ptx = binary.asm["ptx"]
     found = {"cp.async": "cp.async.c", "wgmma": "wgmma.mma_async", "tma": "cp.async.bulk.tensor", "mma": "mma.sync"}
