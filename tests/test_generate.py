@@ -224,3 +224,7 @@ def test_characters_of_several_tokens_are_printed_whole(capsys):
         stream.put(byte)
         shown.append(capsys.readouterr().out)
     assert shown == ["", "é", "", "", "", "𝄞", "", ""]
+    cut = sample.Stream(Bytes(), stop=None)
+    cut.put("é".encode()[0])
+    cut.close()
+    assert capsys.readouterr().out == f"\ufffd\n{sample.RULE}\n"

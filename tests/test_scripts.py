@@ -39,7 +39,7 @@ printf '%s\n' "TRITON_INTERPRET=${TRITON_INTERPRET:-} ${all//$'\n'/ }" >>"$STUB/
 case "$all" in
     --version) echo "Python $(cat "$STUB/version")" ;;
     *version_info*) [ "$(cat "$STUB/version")" != 3.9.1 ] ;;
-    "-m venv .venv") [ ! -e "$STUB/no_venv" ] && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && [ ! -e "$STUB/no_venv" ] ;;
     *cuda.is_available*) [ -e "$STUB/cuda" ] ;;
     "-c import torch") [ -e "$STUB/torch" ] ;;
     *torch.__version__*) echo "torch 2.99" ;;
@@ -145,6 +145,18 @@ def test_interrupted_set_up_is_finished(machine):
     assert not machine.calls("-m venv")
 
 
+def test_failed_change_is_not_taken_for_the_old_state(machine):
+    machine.run("test.sh")
+    before = (machine.repo / "setup.py").read_text()
+    (machine.repo / "setup.py").write_text("changed")
+    machine.note("pip_fails", "something")
+    assert machine.run("test.sh").returncode == 1
+    (machine.repo / "setup.py").write_text(before)
+    (machine.stub / "pip_fails").unlink()
+    assert machine.run("test.sh").returncode == 0
+    assert machine.calls("-e .[test]")
+
+
 def test_cpu_takes_what_the_index_offers_if_that_is_a_cpu_build(machine):
     machine.run("test.sh")
     (install,) = (call for call in machine.calls("torch==2.13.0") if "--dry-run" not in call)
@@ -216,6 +228,8 @@ def test_says_what_is_missing(machine, script, trouble, message):
     assert message in done.stderr.splitlines()[-1]
     assert not machine.calls("-m nanogpt")
     assert not machine.calls("-m pytest")
+    if trouble == "no venv":  # half of one would be taken for a whole one
+        assert not (machine.repo / ".venv").exists()
 
 
 def test_tests_run_in_two_processes(machine):
