@@ -21,6 +21,7 @@ Dropout draws from Philox with the counters (column / 4, row, batch * H + head),
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -218,7 +219,6 @@ def _dkdv_kernel(q_src, kv_src, dout_src, dqkv_ptr, lse_src, delta_src, seed_ptr
     _store(dqkv_ptr, dv, b, 2 * H + h, col, 3 * stride_ob, 3 * stride_ot, T, D, BLOCK_N, BLOCK_D)
 
 
-CANDIDATES = {"attention_fwd": [], "attention_dq": [], "attention_dkdv": []}
 KERNELS = {"attention_fwd": _fwd_kernel, "attention_dq": _dq_kernel, "attention_dkdv": _dkdv_kernel}
 MAX_HEAD_SIZE = 128
 
@@ -332,6 +332,7 @@ def _(dout, qkv, out, lse, seed, n_head, dropout_p, scale):
 def _setup_context(ctx, inputs, output):
     qkv, seed, *ctx.rest = inputs
     ctx.save_for_backward(qkv, *output, seed)
+    ctx.set_materialize_grads(False)  # lse is no result: no zeros for its gradient
 
 
 def _backward(ctx, dout, dlse):
@@ -377,12 +378,31 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0, scale: fl
     return attention_fwd(qkv, draw_seed(qkv.device, dropout_p), n_head, dropout_p, scale)[0]
 
 
+# BLOCK_M, BLOCK_N, num_warps, num_stages and, where one more program per SM is worth a tight fit, registers per thread.
+TILES = {
+    "attention_fwd": (
+        (64, 64, 4, 2, 96), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3),
+        (64, 32, 4, 3), (128, 32, 4, 3), (128, 64, 4, 2, 168), (128, 64, 4, 2), (128, 64, 4, 3),
+        (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
+    ),
+    "attention_dq": (
+        (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 4, 2), (128, 64, 4, 2),
+        (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2),
+    ),
+    "attention_dkdv": (
+        (16, 64, 4, 3), (32, 64, 4, 2, 128), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3),
+        (32, 128, 8, 3, 128), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3),
+    ),
+}  # fmt: skip
+
+
 def candidates(op: str, arch: int) -> Iterator[dict]:
-    """Configurations worth timing for head sizes of 64 and 128 on a GPU of this architecture; some exceed smaller GPUs."""
-    tiles = CANDIDATES[op]
-    for m, n, warps, stages in tiles:
-        for tma in (1, 0) if arch >= 90 else (0,):
-            yield {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, "TMA": tma}
+    """Configurations worth timing for head sizes of 64 and 128; some need more shared memory than the smaller GPUs have."""
+    for tma in (1, 0) if arch >= 90 else (0,):
+        for m, n, warps, stages, *maxnreg in TILES[op]:
+            if tma or not maxnreg:
+                config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, "TMA": tma}
+                yield config | ({"maxnreg": maxnreg[0]} if maxnreg else {})
 
 
 def _signature(kernel, arguments: dict) -> tuple[dict, dict, tuple]:
@@ -414,9 +434,13 @@ def aot_case(op: str, bucket: str, config: dict, T: int = 1024, dropout_p: float
     arguments = _arguments(kernel, config, H, dropout_p, 0.125, qkv, lse, out=out, dout=dout, dqkv=dqkv, delta=delta, seed=seed)
     signature, constants, aligned = _signature(kernel, arguments)
     options = {name: value for name, value in config.items() if name not in kernel.arg_names}
-    name = f"{op}/{bucket}"
+    name = f"{op}/{bucket}" + ("" if arguments["EVEN"] else "-ragged")
     return configs.AotCase(name, kernel, signature, constants, options, aligned)
 
 
 def aot_cases(arch: int) -> Iterator[configs.AotCase]:
-    return iter(())
+    for op, (D, kind) in itertools.product(KERNELS, itertools.product((16, 32, 64, 128), ("", "_dropout", "_fp32"))):
+        config = configs.lookup(op, f"d{D}{kind}", arch)
+        dropout_p = 0.1 if kind == "_dropout" else 0.0
+        yield aot_case(op, f"d{D}{kind}", config, 1024, dropout_p)
+        yield aot_case(op, f"d{D}{kind}", config, 1000, dropout_p)

@@ -272,7 +272,7 @@ def _(dy, x, pre, w_fc, w_proj, tanh, has_b_fc, has_b_proj):
 def _setup_context(ctx, inputs, output):
     x, w_fc, b_fc, w_proj, b_proj, w_fc_shadow, _, w_proj_shadow, _, ctx.tanh = inputs
     ctx.save_for_backward(x, output[1], w_fc_shadow, w_proj_shadow)
-    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # pre is no result: no zeros for its gradient
     ctx.dtypes = [None if p is None else p.dtype for p in (w_fc, b_fc, w_proj, b_proj)]
 
 
