@@ -143,6 +143,15 @@ def remove(out_dir: Path, step: int) -> None:
     tidy(out_dir)
 
 
+def abandon(out_dir: Path, after: int) -> None:
+    """Renames the checkpoints beyond a step from which the run is to take another course, so that none is resumed from."""
+    for step in steps(out_dir):
+        if step > after:
+            aside = out_dir / f"abandoned-step-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (out_dir / f"step-{step}").rename(aside)
+
+
 def prune(out_dir: Path, keep: int) -> None:
     """Keeps the newest ``keep`` whole checkpoints, the one with the lowest validation loss, and final ones.
 

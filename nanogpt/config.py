@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 PRESETS = Path(__file__).parent / "configs"
 T = TypeVar("T")
@@ -176,7 +176,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, presets: Path | None 
         fail(error, prog)
 
 
-def fail(error: Exception, prog: str = "") -> None:
+def fail(error: Exception, prog: str = "") -> NoReturn:
     """Ends the program on a mistake of the user's: one line on stderr (from the first process only), exit code 2."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{prog or 'error'}: {error}", file=sys.stderr)

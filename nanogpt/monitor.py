@@ -340,6 +340,13 @@ class Monitor:
             log(scalars, it)
 
 
+def write_status(out_dir: Path, it: int, state: str) -> None:
+    """OUT/status.json: running, finished, preempted or failed. Exit codes do not tell, since torchrun replaces them."""
+    partial = out_dir / ".status.json"
+    partial.write_text(json.dumps({"state": state, "iter": it, "time": time.time()}) + "\n")
+    os.replace(partial, out_dir / "status.json")
+
+
 def duration(seconds: float) -> str:
     """72.4 -> 1m12s; at most two units."""
     seconds = round(seconds)

@@ -8,7 +8,6 @@ B batch_size, T block_size. An iteration is one update: gradient_accumulation_st
 shared out among the processes.
 """
 
-import json
 import math
 import os
 import random
@@ -32,6 +31,8 @@ from nanogpt.data.loader import Loader, eval_batches
 from nanogpt.data.shards import SPLITS, open_dataset
 from nanogpt.model import GPT
 from nanogpt.optim import AdamW, LossScale, learning_rate
+
+SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "gelu")
 
 
 @dataclass
@@ -70,16 +71,16 @@ def setup(config: TrainConfig) -> Run:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.set_float32_matmul_precision("high")  # TF32
     dispatch.use(config.kernels)
     world = distributed.init(config)
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     dtype = distributed.pick_dtype(config.dtype, world.device)
 
     path = starting_checkpoint(config, world)
     state = checkpoint.read_state(path) if path else {}
     if path:  # the shape of the network comes from the checkpoint
-        shape = {key: value for key, value in state["model"].items() if hasattr(config, key)}
-        config = replace(config, **shape)
+        config = replace(config, **{key: state["model"][key] for key in SHAPE})
 
     seed = config.seed + world.rank
     random.seed(seed)
@@ -157,7 +158,7 @@ def restore(run: Run, path: Path, state: dict) -> None:
         torch.manual_seed(run.config.seed + run.world.rank + run.it)
     if run.world.main:
         now = asdict(run.config)
-        ignored = {"init_from", "resume", "overwrite", "out_dir", *state["model"]}
+        ignored = {"init_from", "resume", "overwrite", "out_dir", *SHAPE}
         changed = [f"{key} {old} -> {now[key]}" for key, old in state["config"].items() if now.get(key, old) != old]
         changed = [text for text in changed if text.split()[0] not in ignored]
         print(f"resuming from {path}" + (f"; changed: {', '.join(changed)}" if changed else ""), flush=True)
@@ -235,7 +236,7 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) 
                 log.train(it, loss, norm, learning_rate(it, config))
         return any(values[2] for _, values in steps), any(values[3] for _, values in steps)
 
-    def finish_step(status: str = "running") -> bool:
+    def save_now(status: str = "running") -> bool:
         nonlocal last_save
         report(readback.flush())
         saved = save(run, status)
@@ -246,7 +247,7 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) 
         return saved
 
     while True:
-        done = run.it == config.max_iters
+        done = run.it >= config.max_iters
         due = (run.it % config.eval_interval == 0 or done) and run.evaluated != run.it
         if due or config.eval_only:
             report(readback.flush())
@@ -261,11 +262,11 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) 
             if config.eval_only:
                 return "evaluated"
             if stopping and not done:
-                return "preempted" if finish_step("preempted") else "failed"
+                return "preempted" if save_now("preempted") else "failed"
             if not done and run.it > 0 and (improved or config.always_save_checkpoint):
-                finish_step()
+                save_now()
         if done:
-            return "finished" if finish_step("finished") else "failed"
+            return "finished" if save_now("finished") else "failed"
 
         optimizer.set_lr(learning_rate(run.it, config))
         mean_loss = torch.zeros((), device=world.device)
@@ -286,9 +287,9 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) 
         arrived = readback.push(run.it - 1, torch.cat([torch.stack([mean_loss, norm]), votes]))
         stopping, saving = report(arrived)
         if stopping:
-            return "preempted" if finish_step("preempted") else "failed"
+            return "preempted" if save_now("preempted") else "failed"
         if saving:
-            finish_step()
+            save_now()
 
 
 def banner(run: Run, peak: float | None) -> str:
@@ -316,13 +317,6 @@ def banner(run: Run, peak: float | None) -> str:
     return "\n".join(lines)
 
 
-def write_status(run: Run, state: str) -> None:
-    """OUT/status.json: running, finished, preempted or failed. Exit codes do not tell, since torchrun replaces them."""
-    partial = run.out_dir / ".status.json"
-    partial.write_text(json.dumps({"state": state, "iter": run.it, "time": time.time()}) + "\n")
-    os.replace(partial, run.out_dir / "status.json")
-
-
 def main(config: TrainConfig) -> int:
     """Runs a whole training; the exit code: 0, 1 where it failed, 2 (by SystemExit) where the user can set it right."""
     stop = distributed.StopRequest()
@@ -343,9 +337,11 @@ def main(config: TrainConfig) -> int:
                 log.print(f"GPU sensors: {log.telemetry.missing}")
             if not config.eval_only:
                 checkpoint.tidy(run.out_dir)
+                if config.resume:
+                    checkpoint.abandon(run.out_dir, run.it)
                 tokenizer.save_beside(run.data_dir, run.out_dir)
-                write_status(run, "running")
-    except ValueError as error:
+                monitor.write_status(run.out_dir, run.it, "running")
+    except (ValueError, OSError) as error:
         fail(error, "train")
     state = "failed"
     try:
@@ -353,7 +349,7 @@ def main(config: TrainConfig) -> int:
     finally:
         if log:
             if not config.eval_only:
-                write_status(run, state)
+                monitor.write_status(run.out_dir, run.it, state)
             log.print(f"{state} after {run.it} updates; {run.out_dir}")
             log.close(run.it, state)
     run.loader.close()

@@ -296,10 +296,25 @@ def test_restarted_by_torchrun_continues(data, tmp_path, monkeypatch):
 
 def test_resume_takes_the_shape_from_the_checkpoint_and_tells_what_changed(data, tmp_path, capsys):
     run(data, tmp_path, max_iters=5)
-    run(data, tmp_path, init_from="resume", n_layer=1, block_size=8, learning_rate=0.02)
+    run(data, tmp_path, init_from="resume", n_layer=1, block_size=8, dropout=0.1, learning_rate=0.02)
     out = capsys.readouterr().out
-    assert f"resuming from {tmp_path}/step-5; changed: learning_rate 0.01 -> 0.02, max_iters 5 -> 12\n" in out
+    assert (
+        f"resuming from {tmp_path}/step-5; changed: dropout 0.0 -> 0.1, learning_rate 0.01 -> 0.02, max_iters 5 -> 12\n" in out
+    )
     assert out.count("2 layers") == 2
+    state = checkpoint.read_state(tmp_path / "step-12")
+    assert (state["model"]["n_layer"], state["model"]["dropout"]) == (2, 0.1)
+    assert run(data, tmp_path, init_from="resume", max_iters=7, lr_decay_iters=7) == 0  # nothing left to do
+    assert status(tmp_path)["iter"] == 12
+
+
+def test_resume_from_an_earlier_step_abandons_the_later_ones(data, tmp_path):
+    run(data, tmp_path)
+    reference = losses(tmp_path)
+    assert run(data, tmp_path, resume=10, max_iters=11, lr_decay_iters=12) == 0
+    assert checkpoint.steps(tmp_path) == [10, 11]
+    assert (tmp_path / "abandoned-step-12").is_dir()
+    assert losses(tmp_path) == reference[:11]
 
 
 def test_resume_on_other_data_is_refused(data, tmp_path, capsys):
@@ -315,7 +330,7 @@ def test_resume_on_other_data_is_refused(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"dataset": "nowhere"}, "dataset=nowhere: neither"),
+        ({"dataset": "nowhere"}, "dataset=nowhere: "),
         ({"block_size": 30_000}, "block_size=30000 needs 30001 tokens in a row"),
         ({"device": "cuda:99"}, "device=cuda:99: "),
         ({"kernels": "triton"}, "kernels=triton: attention on cpu: "),
