@@ -6,7 +6,7 @@
 Both are written max(x, 0) - |x| tail(|x|) with tail(a) = 1 - Phi(a), which loses no digits on either side of 0.
 Hendrycks and Gimpel 2016, arXiv:1606.08415.
 
-gelu: read (M, N), write (M, N). dgelu: read two, write two. Both run at the memory's speed.
+gelu_: read (M, N), write it twice (once without the slope). dgelu_: read two, write one. Both run at the memory's speed.
 """
 
 from collections.abc import Iterator
@@ -67,61 +67,63 @@ def gelu_and_slope_of(x, TANH: tl.constexpr):
 
 
 @triton.jit
-def _gelu_kernel(pre_ptr, post_ptr, size, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_kernel(pre_ptr, post_ptr, size, WITH_SLOPE: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    """post = gelu(pre), and pre becomes the slope there if it is wanted."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     pre = tl.load(pre_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
-    tl.store(post_ptr + offs, gelu_of(pre, TANH).to(post_ptr.dtype.element_ty), mask=offs < size)
+    if WITH_SLOPE:
+        post, slope = gelu_and_slope_of(pre, TANH)
+        tl.store(pre_ptr + offs, slope.to(pre_ptr.dtype.element_ty), mask=offs < size)
+    else:
+        post = gelu_of(pre, TANH)
+    tl.store(post_ptr + offs, post.to(post_ptr.dtype.element_ty), mask=offs < size)
 
 
 @triton.jit
 def _dgelu_kernel(
-    grad_ptr, pre_ptr, post_ptr, partial_ptr,  # (M, N) three times, (tiles of M, N) fp32
+    grad_ptr, slope_ptr, partial_ptr,  # (M, N) twice, (tiles of M, N) fp32
     M, N, stride_m,
-    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grad *= gelu'(pre) in place, post = gelu(pre), and the column sums of each tile of the result."""
+    """grad *= slope in place, and the column sums of each tile of the result."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     offs = rows.to(tl.int64)[:, None] * stride_m + cols[None, :]
     grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    pre = tl.load(pre_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    post, slope = gelu_and_slope_of(pre, TANH)
-    grad *= slope
+    grad *= tl.load(slope_ptr + offs, mask=mask, other=0.0)
     tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
-    tl.store(post_ptr + offs, post.to(post_ptr.dtype.element_ty), mask=mask)
     if HAS_BIAS:
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(grad, axis=0), mask=cols < N)
 
 
-def gelu(pre: Tensor, tanh: bool) -> Tensor:
-    """Elementwise, of a contiguous matrix."""
+def gelu_(pre: Tensor, tanh: bool, with_slope: bool) -> Tensor:
+    """gelu(pre), elementwise, of a contiguous matrix; pre is overwritten by gelu'(pre) if that is wanted."""
     post = torch.empty_like(pre)
-    _gelu_kernel[(triton.cdiv(pre.numel(), GELU_TILE["BLOCK"]),)](pre, post, pre.numel(), TANH=tanh, **GELU_TILE)
+    grid = (triton.cdiv(pre.numel(), GELU_TILE["BLOCK"]),)
+    _gelu_kernel[grid](pre, post, pre.numel(), WITH_SLOPE=with_slope, TANH=tanh, **GELU_TILE)
     return post
 
 
-def dgelu_(grad: Tensor, pre: Tensor, tanh: bool, has_bias: bool) -> tuple[Tensor, Tensor]:
-    """Turns the gradient of gelu(pre) into that of pre, in place; both (M, N) contiguous.
+def dgelu_(grad: Tensor, slope: Tensor, has_bias: bool) -> Tensor:
+    """Turns the gradient of gelu's value into that of its argument, in place; both (M, N) contiguous.
 
     Returns:
-        gelu(pre), and the partial sums over rows of the new gradient, (tiles, N) in fp32; without a bias (0, N).
+        The partial sums over rows of the new gradient, (tiles, N) in fp32; without a bias (0, N).
     """
-    M, N = pre.shape
-    post = torch.empty_like(pre)
+    M, N = slope.shape
     grid = (triton.cdiv(M, DGELU_TILE["BLOCK_M"]), triton.cdiv(N, DGELU_TILE["BLOCK_N"]))
     partial = grad.new_empty(grid[0] if has_bias else 0, N, dtype=torch.float32)
-    _dgelu_kernel[grid](grad, pre, post, partial, M, N, N, HAS_BIAS=has_bias, TANH=tanh, **DGELU_TILE)
-    return post, partial
+    _dgelu_kernel[grid](grad, slope, partial, M, N, N, HAS_BIAS=has_bias, **DGELU_TILE)
+    return partial
 
 
 def aot_cases() -> Iterator[AotCase]:
-    for tanh in (False, True):
-        form = "tanh" if tanh else "erf"
-        yield _aot_case(f"gelu/{form}", _gelu_kernel, GELU_TILE | {"TANH": tanh})
-        for has_bias in (False, True):
-            flags = {"TANH": tanh, "HAS_BIAS": has_bias}
-            yield _aot_case(f"dgelu/{form}{'-bias' if has_bias else ''}", _dgelu_kernel, DGELU_TILE | flags)
+    for tanh, with_slope in ((False, False), (False, True), (True, False), (True, True)):
+        name = f"gelu/{'tanh' if tanh else 'erf'}{'' if with_slope else '-noslope'}"
+        yield _aot_case(name, _gelu_kernel, GELU_TILE | {"TANH": tanh, "WITH_SLOPE": with_slope})
+    for has_bias in (False, True):
+        yield _aot_case(f"dgelu/{'bias' if has_bias else 'nobias'}", _dgelu_kernel, DGELU_TILE | {"HAS_BIAS": has_bias})
 
 
 def _aot_case(name: str, kernel, constants: dict) -> AotCase:

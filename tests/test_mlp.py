@@ -164,15 +164,22 @@ def test_gradient_checkpointing(path):
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
 
 
+def test_without_gradients(path):
+    x, parameters, _ = make(37, 48, 80, torch.float16, True)
+    with_slope = mlp.gelu_mlp(x, *(p.requires_grad_() for p in parameters))
+    with torch.no_grad():
+        assert torch.equal(mlp.gelu_mlp(x, *parameters), with_slope)
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 def test_opcheck(path, bias):
     x, parameters, dy = make(37, 48, 80, torch.float32, bias)
     x.requires_grad_()
     shadows = [None if p is None else p.clone() for p in parameters]
     parameters = [None if p is None else p.requires_grad_() for p in parameters]
-    torch.library.opcheck(mlp._mlp_fwd, (x, *parameters, *shadows, False))
-    pre = torch.randn(37, 80, device=DEVICE)
-    torch.library.opcheck(mlp._mlp_bwd, (dy, x.detach(), pre, shadows[0], shadows[2], True, bias, bias))
+    torch.library.opcheck(mlp._mlp_fwd, (x, *parameters, *shadows, False, True))
+    post, slope = torch.randn(2, 37, 80, device=DEVICE)
+    torch.library.opcheck(mlp._mlp_bwd, (dy, x.detach(), post, slope, shadows[0], shadows[2], bias, bias))
 
 
 def test_compile(path):
@@ -185,10 +192,10 @@ def test_compile(path):
 
 
 def gelu_kernels(x, approximate):
-    """gelu(x) of both elementwise kernels and gelu'(x), from fp32 x."""
-    slope = torch.ones_like(x)
-    again, _ = gelu.dgelu_(slope, x, approximate == "tanh", has_bias=False)
-    return gelu.gelu(x, approximate == "tanh"), again, slope
+    """gelu(x) without and with its slope, and the slope, from fp32 x."""
+    slope = x.clone()
+    again = gelu.gelu_(slope, approximate == "tanh", with_slope=True)
+    return gelu.gelu_(x, approximate == "tanh", with_slope=False), again, slope
 
 
 @pytest.mark.parametrize("approximate", mlp.APPROXIMATE)
@@ -233,18 +240,17 @@ def test_offsets_beyond_int32():
                 return torch.empty(rows, N, dtype=torch.float16, device=DEVICE)[:, :width]
             return buffer.as_strided((rows, width), (stride, 1), slot * N)
 
-        x, pre, post, dpre, post2, grad, post3 = (matrix(i, K if i == 0 else N) for i in range(7))
+        x, slope, post, dpre, grad = (matrix(i, K if i == 0 else N) for i in range(5))
         x.copy_(dense[0])
-        pre.copy_(dense[1])
+        slope.copy_(dense[1])
         partial = torch.empty(1, N, device=DEVICE)
-        mlp._bwd_kernel[(1,)](
-            x, w_proj, pre, dpre, post2, partial, rows, N, K, stride, stride, HAS_BIAS=True, TANH=False, **config
-        )
+        mlp._bwd_kernel[(1,)](x, w_proj, slope, dpre, partial, rows, N, K, stride, stride, HAS_BIAS=True, **config)
         grad.copy_(dense[0] @ w_proj)
         tile = {"BLOCK_M": 64, "BLOCK_N": 64}
-        gelu._dgelu_kernel[(1, 1)](grad, pre, post3, partial, rows, N, stride, HAS_BIAS=False, TANH=False, **tile)
-        mlp._fwd_kernel[(1,)](x, w_fc, w_fc, pre, post, rows, N, K, stride, stride, HAS_BIAS=False, TANH=False, **config)
-        return [t.clone() for t in (pre, post, dpre, post2, grad, post3, partial)]
+        gelu._dgelu_kernel[(1, 1)](grad, slope, partial, rows, N, stride, HAS_BIAS=False, **tile)
+        flags = {"HAS_BIAS": False, "WITH_SLOPE": True, "TANH": False}
+        mlp._fwd_kernel[(1,)](x, w_fc, w_fc, slope, post, rows, N, K, stride, stride, **flags, **config)
+        return [t.clone() for t in (slope, post, dpre, grad, partial)]
 
     for far, near in zip(run(HUGE), run(N), strict=True):
         assert torch.equal(far, near)
@@ -292,8 +298,8 @@ def test_every_candidate():
     arch = configs.arch()
     expected = None
     for op, candidates, run in (
-        ("fwd", mlp.fwd_candidates, lambda: mlp._gelu_fwd(x, w_fc, b_fc, False)),
-        ("bwd", mlp.bwd_candidates, lambda: mlp._gelu_bwd(dy, w_proj, x @ w_fc.t(), False, True)),
+        ("fwd", mlp.fwd_candidates, lambda: mlp._gelu_fwd(x, w_fc, b_fc, False, True)),
+        ("bwd", mlp.bwd_candidates, lambda: mlp._gelu_bwd(dy, w_proj, x @ w_fc.t(), True)),
     ):
         expected = None
         for config in candidates(arch):
@@ -332,4 +338,4 @@ def test_cuda_graph_capture():
 def test_elementwise_beyond_int32():
     size = (1 << 31) + 1024
     pre = torch.ones(1, size, dtype=torch.float16, device="cuda")
-    assert torch.equal(gelu.gelu(pre, False)[0, -1024:], torch.nn.functional.gelu(pre[0, -1024:]))
+    assert torch.equal(gelu.gelu_(pre, False, with_slope=False)[0, -1024:], torch.nn.functional.gelu(pre[0, -1024:]))
