@@ -45,7 +45,7 @@ class LossScale:
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW whose step clips, unscales, skips a non-finite update and zeroes the gradients, all in one pass on the device.
+    """AdamW whose step clips, unscales and skips a non-finite update, all in one pass on the device.
 
     Its state goes by the names of ``torch.optim.AdamW`` (exp_avg, exp_avg_sq, step), and each loads the other's.
 
@@ -53,6 +53,8 @@ class AdamW(torch.optim.Optimizer):
         groups: (decayed parameters, the others), as ``GPT.decay_groups()`` gives them; fp32, on one device.
         lr: initial learning rate; later ones through :meth:`set_lr`.
         betas, eps, weight_decay: as in ``torch.optim.AdamW``; the second group does not decay.
+        keep_gradients: zero them after a step instead of dropping them, for DDP, where they are views of its buckets. Dropped,
+            the next backward's own tensors take their place, and a pass that adds to zeros is saved.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        keep_gradients: bool = False,
     ):
         decayed, rest = (list(group) for group in groups)
         device = (decayed + rest)[0].device
         self.lr = torch.tensor(lr, dtype=torch.float32, device=device)
         self.completed = torch.zeros((), device=device)  # updates, the skipped ones not counted
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self.keep_gradients = keep_gradients
         super().__init__([g for g in groups if g["params"]], {"lr": self.lr, "betas": betas, "eps": eps})
         for p in self.parameters():
             self.state[p] = {"step": self.completed, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -80,7 +84,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, max_norm: float = 0.0, loss_scale: LossScale | None = None) -> Tensor:
-        """One update from the gradients, which are zero afterwards.
+        """One update from the gradients, which are used up: zero afterwards, or None.
 
         Args:
             max_norm: gradients are scaled down to this norm; 0: never.
@@ -106,8 +110,10 @@ class AdamW(torch.optim.Optimizer):
             norm=norm,
             max_norm=max_norm,
             grad_scale=None if loss_scale is None else loss_scale.value,
-            zero_grad=True,
+            zero_grad=self.keep_gradients,
         )
+        if not self.keep_gradients:
+            self.zero_grad(set_to_none=True)
         if loss_scale is None:
             return norm
         unscaled = norm / loss_scale.value

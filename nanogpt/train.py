@@ -103,7 +103,11 @@ def setup(config: TrainConfig) -> Run:
         shape = replace(shape, vocab_size=50304, real_vocab_size=50257)
     model = GPT(shape, dtype).to(world.device)
     optimizer = AdamW(
-        model.decay_groups(), lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+        model.decay_groups(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        keep_gradients=world.size > 1,
     )
     loss_scale = LossScale(world.device) if dtype == torch.float16 else None
     compiled = torch.compile(model) if config.compile else model
