@@ -99,7 +99,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[dict, dict]:
 
 
 def _bytes(t: Tensor) -> memoryview:
-    return memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 def _write(path: Path, chunks: Iterable[memoryview | bytes]) -> dict:
