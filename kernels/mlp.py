@@ -343,7 +343,6 @@ POINTER_CANDIDATES = (
     (0, 128, 128, 64, 2, 8, 3, 1, 8, 0),
     (0, 64, 256, 32, 2, 8, 4, 1, 8, 0),
     (0, 128, 256, 32, 4, 8, 3, 1, 8, 0),
-    (0, 128, 128, 32, 4, 4, 3, 2, 8, 0),
 )
 # sm_90. Two programs an SM, under 114 KB of shared memory each: one's epilogue runs beside the other's products. One program:
 # larger tiles read less, but the tensor cores wait for the epilogue.
@@ -373,7 +372,6 @@ BWD_TMA_CANDIDATES = (
     (1, 128, 128, 64, 2, 8, 4, 1, 8, 1),
     (1, 128, 256, 64, 2, 8, 3, 1, 8, 1),
     (1, 128, 256, 64, 2, 8, 3, 1, 16, 1),
-    (1, 128, 256, 64, 1, 8, 3, 1, 8, 1),
     (1, 128, 256, 64, 4, 8, 3, 1, 8, 1),
     (1, 128, 256, 64, 4, 8, 4, 1, 8, 1),
     (1, 256, 128, 64, 2, 8, 3, 1, 8, 1),
