@@ -18,7 +18,8 @@ PREFERENCE = {
     "attention": ("triton", "torch"),
     "layer_norm": ("triton", "cpp", "torch"),
     "gelu_mlp": ("triton", "cuda", "cpp", "torch"),
-    "cross_entropy": ("triton", "cuda", "cpp", "torch"),
+    # H100, 16,384 rows of 50,304 in bf16: cuda 1.22 ms (90% of a copy's bandwidth), triton 1.44 ms.
+    "cross_entropy": ("cuda", "triton", "cpp", "torch"),
     "embedding": ("triton", "torch"),
     "linear": ("triton", "torch"),  # "triton": cuBLAS on the shadow, weight gradient in fp32; no kernel of its own
     "adamw": ("cuda", "cpp", "torch"),
