@@ -208,6 +208,17 @@ def test_frozen_inputs():
 
 
 @pytest.mark.triton
+def test_loss_scale_beyond_fp16():
+    """dloss / n_valid is applied in fp32: 2^16 is infinite in fp16."""
+    x, weight, targets = make(4, 16, 64, 64, torch.float16, ignored=0)
+    weight *= 0.01
+    _, dx, dw = run(lambda x, w: linear_cross_entropy(x, w, targets), x, weight)
+    _, scaled_dx, scaled_dw = run(lambda x, w: linear_cross_entropy(x, w, targets), x, weight, dloss=2.0**18)
+    torch.testing.assert_close(scaled_dx.float() / 2**18, dx.float(), rtol=torch.finfo(x.dtype).eps, atol=1e-7)
+    assert torch.equal(scaled_dw / 2**18, dw)
+
+
+@pytest.mark.triton
 def test_second_backward():
     x, weight, targets = make(9, 16, 64, 64, torch.float32)
     x.requires_grad_()
