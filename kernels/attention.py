@@ -32,8 +32,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import attention_hopper, configs, dispatch
+from kernels import aot, attention_hopper, configs, decode, dispatch
 from kernels.dropout import draw_seed
+
+decode_attention = decode.decode_attention  # the other half of the op's interface, from a file of its own
 
 LOG2E = tl.constexpr(math.log2(math.e))
 STATS_ROWS = tl.constexpr(128)  # lse and delta are padded with zeros to a multiple of any BLOCK_M: no masks in the loop
@@ -373,8 +375,11 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0, scale: fl
         raise ValueError(f"scale={scale}: expected a positive number")
     if dispatch.choose("attention", qkv.device.type) == "torch":
         return causal_attention_ref(qkv, n_head, dropout_p, scale)
-    if D > MAX_HEAD_SIZE:
-        raise ValueError(f"head size {D}: the Triton attention takes up to {MAX_HEAD_SIZE}; use the torch backend")
+    if D > MAX_HEAD_SIZE or qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"head size {D}, {qkv.dtype}: the Triton attention takes head sizes up to {MAX_HEAD_SIZE} in fp32, fp16 or bf16; "
+            "others need the torch backend"
+        )
     return attention_fwd(qkv, draw_seed(qkv.device, dropout_p), n_head, dropout_p, scale)[0]
 
 
@@ -405,22 +410,6 @@ def candidates(op: str, arch: int) -> Iterator[dict]:
                 yield config | ({"maxnreg": maxnreg[0]} if maxnreg else {})
 
 
-def _signature(kernel, arguments: dict) -> tuple[dict, dict, tuple]:
-    """How the driver's JIT types these arguments: signature, constexprs, names of those divisible by 16."""
-    types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
-    signature, constants, aligned = {}, {}, []
-    for name, x in arguments.items():
-        if x is None or (name.isupper() and name not in ("T", "H")):
-            constants[name] = x
-        elif isinstance(x, TensorDescriptor):
-            signature[name] = f"tensordesc<{types[x.base.dtype]}{x.block_shape}>"
-        else:
-            signature[name] = f"*{types[x.dtype]}" if isinstance(x, Tensor) else "fp32" if isinstance(x, float) else "i32"
-            if isinstance(x, Tensor) or (isinstance(x, int) and x % 16 == 0):
-                aligned.append(name)
-    return signature, constants, tuple(aligned)
-
-
 def aot_case(op: str, bucket: str, config: dict, T: int = 1024, dropout_p: float = 0.0) -> configs.AotCase:
     """One kernel variant, typed from the arguments of a launch on tensors without storage."""
     D, H = int(bucket.split("_")[0][1:]), 12
@@ -432,10 +421,8 @@ def aot_case(op: str, bucket: str, config: dict, T: int = 1024, dropout_p: float
         seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
     kernel = KERNELS[op]
     arguments = _arguments(kernel, config, H, dropout_p, 0.125, qkv, lse, out=out, dout=dout, dqkv=dqkv, delta=delta, seed=seed)
-    signature, constants, aligned = _signature(kernel, arguments)
     options = {name: value for name, value in config.items() if name not in kernel.arg_names}
-    name = f"{op}/{bucket}" + ("" if arguments["EVEN"] else "-ragged")
-    return configs.AotCase(name, kernel, signature, constants, options, aligned)
+    return aot.case(f"{op}/{bucket}" + ("" if arguments["EVEN"] else "-ragged"), kernel, arguments, options)
 
 
 def aot_cases(arch: int) -> Iterator[configs.AotCase]:
@@ -444,3 +431,4 @@ def aot_cases(arch: int) -> Iterator[configs.AotCase]:
         yield aot_case(op, bucket, configs.lookup(op, bucket, arch), T=1024, dropout_p=dropout_p)
         if D >= 64 and not kind:
             yield aot_case(op, bucket, configs.lookup(op, bucket, arch), T=1000)
+    yield from decode.aot_cases(arch)

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import configs, dispatch
+from kernels import aot, configs, dispatch
+
+LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -27,7 +29,7 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, length_ptr, out_ptr, stride_qb, stride_b
     rows, cols = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     length = tl.load(length_ptr + b)
     q = tl.load(q_ptr + b.to(tl.int64) * stride_qb + h * D + cols, mask=cols < D, other=0.0).to(tl.float32)
-    q = q * (scale * 1.4426950408889634)  # log2(e)
+    q = q * (scale * LOG2E)
     head = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
     m = tl.full([BLOCK_T], -1e30, tl.float32)  # finite, so that a row that never holds an entry meets no inf - inf
     total = tl.zeros([BLOCK_T], tl.float32)
@@ -124,3 +126,13 @@ def candidates(op: str, arch: int) -> Iterator[dict]:
     for block_t in (16, 32, 64, 128):
         for warps in (2, 4, 8):
             yield {"BLOCK_T": block_t, "STAGES": 3, "num_warps": warps}
+
+
+def aot_cases(arch: int) -> Iterator[configs.AotCase]:
+    for D in (16, 32, 64, 128):
+        config = configs.lookup("attention_decode", f"d{D}", arch)
+        with torch.device("meta"):
+            q, out = torch.empty(2, 8, 12 * D, dtype=torch.bfloat16)
+            k, v = torch.empty(2, 8, 12, 1024, D, dtype=torch.bfloat16)
+            arguments = _arguments(config, 0.125, q, k, v, torch.empty(8, dtype=torch.int32), out)
+        yield aot.case(f"attention_decode/d{D}", _decode_kernel, arguments, {"num_warps": config["num_warps"]})
