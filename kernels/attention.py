@@ -370,6 +370,8 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0, scale: fl
     D, rest = divmod(C3, 3 * n_head)
     if rest:
         raise ValueError(f"qkv's last dimension {C3} is not 3 * n_head * head size, with n_head={n_head}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p={dropout_p}: expected 0 <= dropout_p < 1")
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     if scale <= 0.0:
         raise ValueError(f"scale={scale}: expected a positive number")
