@@ -18,12 +18,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import configs, dispatch
 from kernels.linear import shadow
+from kernels.triton_compat import tl, triton
 
 # Rows of logits alive at a time. On an H100 the three GEMMs of 16,384 rows (1.6 GB of 16-bit logits at V = 50,304) run at 632,
 # 816 and 763 TFLOP/s, those of 8,192 at 609, 733 and 749. On a CPU: 200 MB of fp32 logits.

@@ -6,10 +6,11 @@ backend of each op on a device, and the reason.
 """
 
 import functools
-import importlib.util
 import os
 
 import torch
+
+from kernels import triton_compat
 
 BACKENDS = ("triton", "cuda", "cpp", "torch")
 
@@ -88,7 +89,7 @@ def _unavailable(op: str, backend: str, device_type: str) -> str:
     if backend == "torch":
         return ""
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not triton_compat.INSTALLED:
             return "Triton is not installed"
         if interpreting():
             return "" if device_type == "cpu" else "Triton's interpreter takes CPU tensors"

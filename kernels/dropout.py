@@ -5,9 +5,9 @@ reproduce the mask without a host synchronisation.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from kernels.triton_compat import tl, triton
 
 
 def check_dropout(dropout_p: float) -> None:

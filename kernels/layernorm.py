@@ -17,12 +17,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import configs, dispatch
 from kernels.dropout import check_dropout, draw_seed, dropout_factor
+from kernels.triton_compat import tl, triton
 
 MAX_C = 8192
 
