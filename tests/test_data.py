@@ -62,6 +62,11 @@ def gpt2():
 
 
 @pytest.fixture(scope="session")
+def wheel():
+    return available(assets.PLAYS)
+
+
+@pytest.fixture(scope="session")
 def tiny():
     if not TINY.exists():
         pytest.skip(f"no {TINY}")
@@ -116,8 +121,7 @@ def test_pinned_download_is_the_shared_text(tiny):
     assert hashlib.sha256(tiny.read_bytes()).hexdigest() == assets.TINYSHAKESPEARE.sha256
 
 
-def test_the_plays():
-    wheel = available(assets.PLAYS)
+def test_the_plays(wheel):
     texts = plays.read(wheel)
     whole = "".join(texts)
     assert len(texts) == 38
@@ -129,8 +133,7 @@ def test_the_plays():
     assert tokenizer.load(path).decode(tokens(path, "train")[:1000].tolist()) == whole[:1000]
 
 
-def test_documents_of_the_plays_end_with_the_token(gpt2):
-    available(assets.PLAYS)
+def test_documents_of_the_plays_end_with_the_token(gpt2, wheel):
     path = made("plays")
     ends = [int((tokens(path, split) == tokenizer.GPT2Tokenizer.eot).sum()) for split in ("train", "val")]
     assert sum(ends) == 38

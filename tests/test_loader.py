@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nanogpt.data import order
 from nanogpt.data.loader import Loader, eval_batches
@@ -40,11 +38,11 @@ def starts(loader, n):
     return [int(row[0]) for x, _ in batches(loader, n) for row in x]
 
 
-@given(st.integers(1, 3000), st.integers(0, 1 << 62))
-@settings(max_examples=60, deadline=None)
-def test_permutation_is_one(n, seed):
-    image = order.permute(np.arange(n), n, order.keys(seed))
-    assert np.array_equal(np.sort(image), np.arange(n))
+def test_permutation_is_one():
+    for n in [*range(1, 150), 1000, 1023, 1024, 1025, 4999]:
+        for seed in range(3):
+            image = order.permute(np.arange(n), n, order.keys(seed))
+            assert np.array_equal(np.sort(image), np.arange(n)), (n, seed)
 
 
 def test_permutation_reaches_any_index_alone():
