@@ -27,13 +27,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import aot, attention_hopper, configs, decode, dispatch
 from kernels.dropout import draw_seed
+from kernels.triton_compat import TensorDescriptor, tl, triton
 
 decode_attention = decode.decode_attention  # the other half of the op's interface, from a file of its own
 

@@ -20,18 +20,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import configs, dispatch
+from kernels.triton_compat import GluonTensorDescriptor as TensorDescriptor
+from kernels.triton_compat import gl, gluon, hopper
+
+fence_async_shared, mbarrier, tma = hopper.fence_async_shared, hopper.mbarrier, hopper.tma
+warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 
 HEAD_SIZE = 64
 TILE = 64  # rows of Q (forward, dQ) or of K and V (dK, dV) that a program owns

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import aot, configs, dispatch
+from kernels.triton_compat import tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))
 

@@ -12,11 +12,10 @@ gelu_: read (M, N), write it twice (once without the slope). dgelu_: read two, w
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import AotCase
+from kernels.triton_compat import tl, triton
 
 GELU_TILE = {"BLOCK": 1024, "num_warps": 4}  # one 16-byte access a thread
 DGELU_TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}  # 16-byte accesses; tall, so that partial sums of the bias are few

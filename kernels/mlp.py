@@ -24,14 +24,12 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import configs, dispatch, gelu
 from kernels.gelu import gelu_and_slope_of, gelu_of
 from kernels.linear import linear_ref, mm_fp32, shadow
+from kernels.triton_compat import TensorDescriptor, tl, triton
 
 APPROXIMATE = ("none", "tanh")
 
