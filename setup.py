@@ -156,7 +156,7 @@ def ninja_file(compiler: str, torch: Path, cuda: Path | None) -> str:
     objects = [build("ops.o", "cxx", f"{CSRC}/ops.cpp", flags="-DNANOGPT_X86" if len(INSTRUCTIONS) > 1 else "")]
     for name, flags in INSTRUCTIONS.items():
         # Neither errno nor traps are looked at; without them sqrt and selections vectorise.
-        flags += f" -fopenmp-simd -fno-math-errno -fno-trapping-math -DTABLE=kernels_{name}"
+        flags += f" -fopenmp-simd -fno-math-errno -fno-trapping-math -Wno-psabi -DTABLE=kernels_{name}"
         objects.append(build(f"{name}.o", "cxx", f"{CSRC}/cpu_kernels.cpp", flags=flags))
     build("nanogpt_cpu.so", "link", " ".join(objects), libs="-ltorch_cpu -lc10")
     if cuda:

@@ -5,6 +5,11 @@
 
 #include "cpu_math.h"
 
+// Short rows are copied faster by a loop than by a call to memcpy, which GCC would make of it.
+#ifndef __clang__
+#pragma GCC optimize("no-tree-loop-distribute-patterns")
+#endif
+
 namespace nanogpt {
 namespace {
 
@@ -215,7 +220,15 @@ void gelu_backward(Type type, void* dy, const void* derivative, float* dbias, in
 }
 
 }  // namespace
+}  // namespace nanogpt
 
-const CpuKernels TABLE = {sum_squares, adamw, cross_entropy, layer_norm, layer_norm_backward, gelu, gelu_backward};
+#include "cpu_attention.h"
+
+namespace nanogpt {
+
+const CpuKernels TABLE = {
+    sum_squares, adamw,         cross_entropy,     layer_norm, layer_norm_backward,
+    gelu,        gelu_backward, attention_scratch, attention,  attention_backward,
+};
 
 }  // namespace nanogpt

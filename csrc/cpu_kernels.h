@@ -44,6 +44,13 @@ struct CpuKernels {
   // dy <- dy * derivative; dbias += its sum over rows unless null.
   void (*gelu_backward)(Type type, void* dy, const void* derivative, float* dbias, int64_t begin, int64_t end,
                         int64_t columns);
+
+  // Causal attention of the heads [begin, end) of B * H: qkv (B, T, 3C), out (B, T, C), lse (B, H, T); see cpu_attention.h.
+  int64_t (*attention_scratch)(int64_t length, int64_t head_size);  // floats that a thread needs
+  void (*attention)(Type type, const void* qkv, void* out, float* lse, int64_t begin, int64_t end, int64_t length,
+                    int64_t heads, int64_t head_size, float scale, float* scratch);
+  void (*attention_backward)(Type type, const void* dout, const void* qkv, const float* lse, void* dqkv, int64_t begin,
+                             int64_t end, int64_t length, int64_t heads, int64_t head_size, float scale, float* scratch);
 };
 
 extern const CpuKernels kernels_baseline;

@@ -47,7 +47,7 @@ const CpuKernels& cpu() { return *chosen().second; }
 
 std::string cpu_instructions() { return chosen().first; }
 
-// Calls f(begin, end) on `threads` ranges of [0, n) at most, each of at least `work` elements of `width` bytes' worth.
+// Calls f(begin, end) on ranges of rows, in parallel where there is enough to do.
 constexpr int64_t kGrain = 8192;  // elements that pay for a thread
 template <typename F>
 void over_rows(int64_t rows, int64_t columns, F f) {
@@ -251,6 +251,50 @@ Tensor gelu_backward_(const Tensor& dy, const Tensor& derivative, bool has_bias)
   return db;
 }
 
+struct Heads {
+  int64_t batch, length, heads, size;
+};
+
+// Shape of packed qkv (B, T, 3 * heads * size).
+Heads check_qkv(const Tensor& qkv, int64_t n_head) {
+  check(qkv, "qkv", qkv.scalar_type());
+  STD_TORCH_CHECK(qkv.dim() == 3, "qkv: expected (B, T, 3C), got ", qkv.dim(), " dimensions");
+  STD_TORCH_CHECK(n_head > 0 && qkv.size(2) > 0 && qkv.size(2) % (3 * n_head) == 0, "qkv: ", qkv.size(2),
+                  " channels for ", n_head, " heads");
+  return {qkv.size(0), qkv.size(1), n_head, qkv.size(2) / (3 * n_head)};
+}
+
+std::tuple<Tensor, Tensor> head_attention(const Tensor& qkv, int64_t n_head, double scale) {
+  const Heads s = check_qkv(qkv, n_head);
+  const Type type = type_of(qkv);
+  Tensor out = torch::stable::new_empty(qkv, Shape{s.batch, s.length, s.heads * s.size});
+  Tensor lse = torch::stable::new_empty(qkv, Shape{s.batch, s.heads, s.length}, ScalarType::Float);
+  torch::stable::parallel_for(0, s.batch * s.heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(cpu().attention_scratch(s.length, s.size));
+    cpu().attention(type, qkv.const_data_ptr(), out.mutable_data_ptr(), pointer<float>(lse), begin, end, s.length, s.heads,
+                    s.size, static_cast<float>(scale), scratch.data());
+  });
+  return {out, lse};
+}
+
+Tensor head_attention_backward(const Tensor& dout, const Tensor& qkv, const Tensor& lse, int64_t n_head, double scale) {
+  const Heads s = check_qkv(qkv, n_head);
+  const Type type = type_of(qkv);
+  check(dout, "dout", qkv.scalar_type());
+  STD_TORCH_CHECK(3 * dout.numel() == qkv.numel(), "dout: ", dout.numel(), " elements for ", qkv.numel(), " of qkv");
+  check(lse, "lse", ScalarType::Float);
+  STD_TORCH_CHECK(lse.numel() == s.batch * s.heads * s.length, "lse: ", lse.numel(), " values for ",
+                  s.batch * s.heads * s.length, " rows");
+  Tensor dqkv = torch::stable::empty_like(qkv);
+  torch::stable::parallel_for(0, s.batch * s.heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(cpu().attention_scratch(s.length, s.size));
+    cpu().attention_backward(type, dout.const_data_ptr(), qkv.const_data_ptr(), pointer<const float>(lse),
+                             dqkv.mutable_data_ptr(), begin, end, s.length, s.heads, s.size, static_cast<float>(scale),
+                             scratch.data());
+  });
+  return dqkv;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nanogpt, m) {
@@ -270,6 +314,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nanogpt, m) {
       "-> (Tensor dx, Tensor dw, Tensor db)");
   m.def("gelu_(Tensor(a!) x, Tensor? bias, bool tanh, bool want_derivative) -> Tensor derivative");
   m.def("gelu_backward_(Tensor(a!) dy, Tensor derivative, bool has_bias) -> Tensor dbias");
+  m.def("head_attention(Tensor qkv, int n_head, float scale) -> (Tensor out, Tensor lse)");
+  m.def("head_attention_backward(Tensor dout, Tensor qkv, Tensor lse, int n_head, float scale) -> Tensor dqkv");
   m.def("cpu_instructions() -> str");
 }
 
@@ -281,6 +327,8 @@ STABLE_TORCH_LIBRARY_IMPL(nanogpt, CPU, m) {
   m.impl("row_layer_norm_backward", TORCH_BOX(&row_layer_norm_backward));
   m.impl("gelu_", TORCH_BOX(&gelu_));
   m.impl("gelu_backward_", TORCH_BOX(&gelu_backward_));
+  m.impl("head_attention", TORCH_BOX(&head_attention));
+  m.impl("head_attention_backward", TORCH_BOX(&head_attention_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nanogpt, CompositeExplicitAutograd, m) {

@@ -68,6 +68,11 @@ def _register_fakes() -> None:
         ),
         "gelu_": lambda x, bias, tanh, want_derivative: empty(x, want_derivative),
         "gelu_backward_": lambda dy, derivative, has_bias: channels(dy, has_bias),
+        "head_attention": lambda qkv, n_head, scale: (
+            qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3)),
+            qkv.new_empty((qkv.shape[0], n_head, qkv.shape[1]), dtype=torch.float32),
+        ),
+        "head_attention_backward": lambda dout, qkv, lse, n_head, scale: torch.empty_like(qkv),
     }  # fmt: skip
     for op, fake in fakes.items():
         torch.library.register_fake(f"nanogpt::{op}", fake)

@@ -1,0 +1,131 @@
+"""The compiled CPU kernels as differentiable functions: what the ``cpp`` backend of the ops in this folder runs.
+
+Matrix products stay with PyTorch; what lies between them is one C++ call each way. M rows (B*T), C channels, N hidden size,
+V columns of the vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from kernels.linear import mm_fp32, shadow
+
+CHUNK_ROWS = 1024  # rows of logits alive at a time: 200 MB in fp32 at V = 50,304
+
+_ops = torch.ops.nanogpt
+
+
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps):
+        y, r, statistics = _ops.row_layer_norm(x, residual, weight, bias, eps)
+        ctx.save_for_backward(x if residual is None else r, weight, statistics)
+        ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, r)
+
+    @staticmethod
+    def backward(ctx, dy, dr=None):
+        r, weight, statistics = ctx.saved_tensors
+        dy = torch.zeros_like(r) if dy is None else dy.contiguous()
+        dr = None if dr is None else dr.contiguous()
+        dx, dw, db = _ops.row_layer_norm_backward(dy, dr, r, weight, statistics, ctx.has_bias)
+        return dx, dx if ctx.has_residual else None, dw, db if ctx.has_bias else None, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return _LayerNorm.apply(x.contiguous(), None, weight, bias, eps)
+
+
+def layer_norm_residual(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    x = F.dropout(x, dropout_p) if dropout_p else x
+    return _LayerNorm.apply(x.contiguous(), residual.contiguous(), weight, bias, eps)
+
+
+class _GeluMlp(Function):
+    """Forward keeps gelu's derivative instead of its argument, so that backward is one multiplication."""
+
+    @staticmethod
+    def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, tanh, shadows):
+        s_fc, s_proj, s_b_proj = shadows
+        post = x @ s_fc.t()  # (M, N), the argument until the next line
+        derivative = _ops.gelu_(post, b_fc, tanh, any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, post, derivative, s_fc, s_proj)
+        ctx.has_bias = b_fc is not None, b_proj is not None
+        return F.linear(post, s_proj, s_b_proj)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, post, derivative, w_fc, w_proj = ctx.saved_tensors
+        dy = dy.contiguous()
+        dw_proj = mm_fp32(dy.t(), post)
+        db_proj = dy.sum(0, dtype=torch.float32) if ctx.has_bias[1] else None
+        dpre = dy @ w_proj
+        db_fc = _ops.gelu_backward_(dpre, derivative, ctx.has_bias[0])
+        dx = dpre @ w_fc if ctx.needs_input_grad[0] else None
+        return dx, mm_fp32(dpre.t(), x), db_fc if ctx.has_bias[0] else None, dw_proj, db_proj, None, None
+
+
+def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, tanh: bool) -> Tensor:
+    shadows = [None if p is None else shadow(p, x.dtype) for p in (w_fc, w_proj, b_proj)]
+    y = _GeluMlp.apply(x.reshape(-1, x.shape[-1]), w_fc, b_fc, w_proj, b_proj, tanh, shadows)
+    return y.view(*x.shape[:-1], w_proj.shape[0])
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx, qkv, n_head, scale):
+        out, lse = _ops.head_attention(qkv, n_head, scale)
+        ctx.save_for_backward(qkv, lse)
+        ctx.n_head, ctx.scale = n_head, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return _ops.head_attention_backward(dout.contiguous(), *ctx.saved_tensors, ctx.n_head, ctx.scale), None, None
+
+
+def attention(qkv: Tensor, n_head: int, scale: float) -> Tensor:
+    """Without dropout, which only the reference has on a CPU."""
+    return _Attention.apply(qkv.contiguous(), n_head, scale)
+
+
+class _LinearCrossEntropy(Function):
+    """Loss and gradients together, a chunk of logits at a time; backward only scales."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, ignore_index, vocab_size, chunk_rows, w):
+        need_dx, need_dw = ctx.needs_input_grad[:2]
+        losses = torch.empty(x.shape[0], dtype=torch.float32)
+        dx = torch.empty_like(x) if need_dx else None
+        dw = torch.zeros_like(weight) if need_dw else None
+        for begin in range(0, x.shape[0], chunk_rows):
+            rows = slice(begin, begin + chunk_rows)
+            logits = x[rows] @ w.t()  # overwritten by its gradient
+            _ops.cross_entropy_rows_(logits, targets[rows], losses[rows], ignore_index, vocab_size, need_dx or need_dw)
+            if need_dx:
+                torch.mm(logits, w, out=dx[rows])
+            if need_dw:
+                dw += mm_fp32(logits.t(), x[rows])
+        n_valid = (targets != ignore_index).sum().clamp(min=1)
+        ctx.save_for_backward(dx, dw, n_valid)
+        return losses.sum() / n_valid
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dw, n_valid = ctx.saved_tensors
+        scale = dloss / n_valid
+        dx, dw = (None if d is None else d * scale.to(d.dtype) for d in (dx, dw))
+        return dx, dw, None, None, None, None, None
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int, chunk_rows: int | None
+) -> Tensor:
+    w = shadow(weight, x.dtype)
+    x = x.reshape(-1, x.shape[-1])
+    chunk_rows = chunk_rows or CHUNK_ROWS
+    return _LinearCrossEntropy.apply(x, weight, targets.reshape(-1).contiguous(), ignore_index, vocab_size, chunk_rows, w)
