@@ -15,7 +15,7 @@ dP transposed, so that P^T and dS^T are left operands straight from registers.
 
 FLOPs, the masked half not counted: 2 B H T^2 D forward, 5 B H T^2 D backward (7 executed: S and dP are formed twice). At D = 64
 the exponentials of a tile take an H100 as long as its two products, so several small programs per SM, whose phases overlap,
-beat one large one.
+beat one large one. There, `attention_hopper` takes the calls that it supports.
 
 Dropout draws from Philox with the counters (column / 4, row, batch * H + head), whatever the tiles; backward draws again.
 """
@@ -422,7 +422,8 @@ def aot_case(op: str, bucket: str, config: dict, T: int = 1024, dropout_p: float
     kernel = KERNELS[op]
     arguments = _arguments(kernel, config, H, dropout_p, 0.125, qkv, lse, out=out, dout=dout, dqkv=dqkv, delta=delta, seed=seed)
     options = {name: value for name, value in config.items() if name not in kernel.arg_names}
-    return aot.case(f"{op}/{bucket}" + ("" if arguments["EVEN"] else "-ragged"), kernel, arguments, options)
+    name = f"fp32_{op}/d{D}" if dtype == torch.float32 else f"{op}/{bucket}"  # fp32 multiplies without tensor cores
+    return aot.case(name + ("" if arguments["EVEN"] else "-ragged"), kernel, arguments, options)
 
 
 def aot_cases(arch: int) -> Iterator[configs.AotCase]:

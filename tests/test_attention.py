@@ -109,7 +109,7 @@ def test_every_output_is_written_and_nothing_else_is_read(T, D, tiles, monkeypat
 
 
 @triton_test
-@pytest.mark.parametrize("layout", ["rows of a longer buffer", "time before batch", "columns apart", "huge row stride"])
+@pytest.mark.parametrize("layout", ["rows of a longer buffer", "time before batch", "columns apart"])
 def test_strided_qkv(layout):
     B, T, H, D = 2, 37, 2, 16
     wide = torch.randn(B, T, 3 * H * D, device=DEVICE)
@@ -118,13 +118,8 @@ def test_strided_qkv(layout):
         "rows of a longer buffer": lambda: torch.cat([wide, wide], 1)[:, 3 : T + 3],
         "time before batch": lambda: wide.transpose(0, 1).contiguous().transpose(0, 1),
         "columns apart": lambda: torch.stack([wide, wide], 3)[..., 0],
-        "huge row stride": lambda: torch.empty(2**24 * 2 + 200, device=DEVICE).as_strided((1, 3, 96), (2**25, 2**24, 1)),
     }[layout]()
-    if layout == "huge row stride":
-        qkv.normal_()
-        dout = dout[:1, :3]
-    else:
-        assert not qkv.is_contiguous()
+    assert not qkv.is_contiguous()
     x = qkv.detach().requires_grad_()
     out = causal_attention(x, H)
     out.backward(dout)
@@ -132,13 +127,13 @@ def test_strided_qkv(layout):
 
 
 @triton_test
-def test_offsets_beyond_32_bits():
-    """The second sequence lies 2^31 elements after the first; only the touched pages are ever backed by memory."""
-    T, H, D = 20, 2, 16
-    row = 3 * H * D
-    far = torch.empty(2**31 + T * row, dtype=torch.float16, device=DEVICE)
-    qkv = far.as_strided((2, T, row), (2**31, row, 1))
-    qkv.copy_(torch.randn(2, T, row))
+@pytest.mark.parametrize(("T", "stride_b", "stride_t"), [(20, 2**31, 96), (128, 96, 17_000_000)], ids=["batch", "time"])
+def test_offsets_beyond_32_bits(T, stride_b, stride_t):
+    """The last element lies 2^31 elements or more after the first; only the touched pages are ever backed by memory."""
+    H, D = 2, 16
+    far = torch.empty(stride_b + (T - 1) * stride_t + 96, dtype=torch.float16, device=DEVICE)
+    qkv = far.as_strided((2, T, 96), (stride_b, stride_t, 1))
+    qkv.copy_(torch.randn(2, T, 96))
     dout = torch.randn(2, T, H * D, device=DEVICE, dtype=torch.float16)
     out, lse = attention_fwd(qkv, None, H, 0.0, 0.25)
     near, near_lse = attention_fwd(qkv.contiguous(), None, H, 0.0, 0.25)
