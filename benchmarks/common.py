@@ -45,7 +45,7 @@ BANDWIDTH = {
 }
 
 _MEASURED = ("ms", "p20", "p80", "n", "tflops", "gbps", "percent", "tokens_per_s", "mfu", "mfu_causal", "peak_mib", "error")
-_ORIGIN = ("device", "driver", "sm_mhz", "torch", "triton", "commit", "date", "command")
+_ORIGIN = ("device", "driver", "sm_mhz", "load", "torch", "triton", "commit", "date", "command")
 COLUMNS = ("op", "case", "provider", "pass", "dtype", "status", *_MEASURED, *_ORIGIN)
 
 
@@ -175,15 +175,19 @@ class Bench:
         if stats:
             row |= {"ms": f"{stats.median:.5g}", "p20": f"{stats.p20:.5g}", "p80": f"{stats.p80:.5g}", "n": stats.n}
         row |= {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in more.items()}
-        row |= self.facts | {"sm_mhz": sm_clock(self.device)}
+        load = "" if self.gpu else f"{os.getloadavg()[0]:.1f}"  # of all processes: above the number of cores, times say little
+        row |= self.facts | {"sm_mhz": sm_clock(self.device), "load": load}
         unknown = row.keys() - set(COLUMNS)
         assert not unknown, unknown
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a+", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
-            if new:
+            file.seek(0)
+            header = file.readline()
+            if not header:
                 writer.writeheader()
-            writer.writerow(row)
+            elif header.strip() != ",".join(COLUMNS):
+                raise ValueError(f"{self.path}:1: other columns than this version writes; choose another --out")
+            writer.writerow(row)  # at the end, wherever the file was read
         self.rows.append(row)
         shown = [f"{row[c]} {unit}" for c, unit in _SHOWN.items() if row.get(c, "") != ""]
         print(f"{case:<28} {provider:<22} {pass_:<5} {status[:90] if status != 'ok' else '  '.join(shown)}", flush=True)

@@ -126,6 +126,9 @@ def section(folder: Path, plots: Path | None = None) -> str:
     """A folder as Markdown; with plots, one PNG per op is drawn there and linked."""
     rows = read(folder)
     facts = {c: ", ".join(v for v in distinct(rows, c) if v) for c in ("device", "driver", "torch", "triton", "commit", "date")}
+    loads = [float(r["load"]) for r in rows if r.get("load")]
+    if loads:
+        facts["load average"] = f"{min(loads):.1f} to {max(loads):.1f}"
     text = f"## {facts['device']}, {facts['date']}\n\n" + ", ".join(f"{c} {v}" for c, v in facts.items() if v and c != "device")
     text += f". Rows: `{folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder.name}`.\n\n"
     for op in sorted(distinct(rows, "op"), key=lambda op: ORDER.index(op) if op in ORDER else len(ORDER)):

@@ -164,6 +164,14 @@ def test_row_with_unknown_column(tmp_path):
         bench.row("case", "p", "fwd", speed=1.0)
 
 
+def test_rows_of_another_version(tmp_path):
+    (tmp_path / "x.csv").write_text("op,ms\nx,1\n")
+    bench = common.Bench("x", common.parser("").parse_args([*CPU, "--out", str(tmp_path)]))
+    with pytest.raises(ValueError, match=r"x.csv:1: other columns"):
+        bench.row("case", "p", "fwd")
+    assert (tmp_path / "x.csv").read_text() == "op,ms\nx,1\n"
+
+
 def test_baselines_agree():
     """The switches of the plain GPT do not change what it computes."""
     size = train_step.SIZES["tiny"]
