@@ -1,6 +1,7 @@
-"""Shared by the kernel tests: the device under test, its dtypes, and the error rule."""
+"""Shared by the kernel tests: the device under test, its dtypes, the error rule, and memory that shows what was not written."""
 
 import os
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,3 +25,14 @@ def assert_as_accurate(ours: Tensor, same_dtype: Tensor, exact: Tensor, factor: 
     error = (ours.double() - exact.double()).abs().max().item()
     allowed = factor * (same_dtype.double() - exact.double()).abs().max().item() + atol
     assert error <= allowed, f"max error {error:.3g} > {allowed:.3g} allowed"  # NaN fails as well
+
+
+@contextmanager
+def poisoned():
+    """Fills `torch.empty` and its relatives with NaN, integers with their maximum: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch fills memory in this mode only
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from kernels import configs, dispatch
 from kernels import cross_entropy as module
 from kernels.cross_entropy import cross_entropy, cross_entropy_ref, linear_cross_entropy, linear_cross_entropy_ref
-from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id
-from tests.poison import poisoned
+from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id, poisoned
 
 
 @pytest.fixture(params=["triton", "cpp", pytest.param("cuda", marks=pytest.mark.gpu)])

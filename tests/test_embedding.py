@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from kernels import configs
 from kernels import embedding as module
 from kernels.embedding import embedding, embedding_ref
-from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id
-from tests.poison import poisoned
+from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id, poisoned
 
 OFFSET = 3
 

@@ -7,8 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import configs, layernorm
 from kernels.layernorm import layer_norm, layer_norm_ref, layer_norm_residual, layer_norm_residual_ref
-from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id
-from tests.poison import poisoned
+from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id, poisoned
 
 SHAPES = [(1, 768), (37, 768), (129, 33), (5, 1600), (3, 8192)]
 
