@@ -49,7 +49,7 @@ export python out
 : >"$out/parts.tmp"
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv | tee -a "$out/suite.log"
 wanted build && part "build extension" 180 "$python" setup.py build_ext --inplace
-wanted step124 && part "step 124M" 240 bash -c 'bench train_step --quick --size 124M --breakdown --seconds 170'
+wanted step124 && part "step 124M" 240 bash -c 'bench train_step --quick --size 124M --breakdown --seconds '$((minutes * 15))
 if wanted tests; then
     workers=$("$python" -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
     # shellcheck disable=SC2086
