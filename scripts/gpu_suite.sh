@@ -51,7 +51,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=c
 wanted build && part "build extension" 180 "$python" setup.py build_ext --inplace
 wanted step124 && part "step 124M" 240 bash -c 'bench train_step --quick --size 124M --breakdown --seconds '$((minutes * 15))
 if wanted tests; then
-    workers=$("$python" -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
+    workers=$("$python" -c 'import importlib.util as u; print("-n auto --maxprocesses 14" if u.find_spec("xdist") else "")')
     # shellcheck disable=SC2086
     part "GPU tests" 200 "$python" -m pytest -q $workers -m "gpu or triton" --junitxml "$out/junit.xml" tests
 fi
