@@ -403,11 +403,12 @@ TILES = {
 
 def candidates(op: str, arch: int) -> Iterator[dict]:
     """Configurations worth timing for head sizes of 64 and 128; some need more shared memory than the smaller GPUs have."""
-    for tma in (1, 0) if arch >= 90 else (0,):
-        for m, n, warps, stages, *maxnreg in TILES[op]:
-            if tma or not maxnreg:
-                config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, "TMA": tma}
-                yield config | ({"maxnreg": maxnreg[0]} if maxnreg else {})
+    for m, n, warps, stages, *maxnreg in TILES[op]:
+        config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, "TMA": int(arch >= 90)}
+        if not maxnreg:
+            yield config
+        elif arch >= 90:  # pointers take more registers than descriptors
+            yield config | {"maxnreg": maxnreg[0]}
 
 
 def aot_case(op: str, bucket: str, config: dict, T: int = 1024, dropout_p: float = 0.0) -> configs.AotCase:
