@@ -238,8 +238,8 @@ def _arguments(kernel, config: dict, H: int, dropout_p: float, scale: float, qkv
     D = C3 // 3 // H
     rows = {"q": config["BLOCK_M"], "kv": config["BLOCK_N"], "out": config["BLOCK_M"], "dout": config["BLOCK_M"]}
     tensors |= {"q": qkv, "kv": qkv, "lse": lse}
-    # The copy engine wants 16-byte aligned bases and strides.
-    aligned = all(n * qkv.element_size() % 16 == 0 for n in (D, qkv.stride(0), qkv.stride(1)))
+    # The copy engine wants 16-byte aligned bases and strides, none of them zero as in an expanded batch.
+    aligned = all(n > 0 and n * qkv.element_size() % 16 == 0 for n in (D, qkv.stride(0), qkv.stride(1)))
     tma = bool(config["TMA"]) and aligned and all(x.data_ptr() % 16 == 0 for x in tensors.values() if x is not None)
 
     def source(name):

@@ -109,7 +109,7 @@ def test_every_output_is_written_and_nothing_else_is_read(T, D, tiles, monkeypat
 
 
 @triton_test
-@pytest.mark.parametrize("layout", ["rows of a longer buffer", "time before batch", "columns apart"])
+@pytest.mark.parametrize("layout", ["rows of a longer buffer", "time before batch", "columns apart", "one sequence twice"])
 def test_strided_qkv(layout):
     B, T, H, D = 2, 37, 2, 16
     wide = torch.randn(B, T, 3 * H * D, device=DEVICE)
@@ -118,6 +118,7 @@ def test_strided_qkv(layout):
         "rows of a longer buffer": lambda: torch.cat([wide, wide], 1)[:, 3 : T + 3],
         "time before batch": lambda: wide.transpose(0, 1).contiguous().transpose(0, 1),
         "columns apart": lambda: torch.stack([wide, wide], 3)[..., 0],
+        "one sequence twice": lambda: wide[:1].expand(B, -1, -1),
     }[layout]()
     assert not qkv.is_contiguous()
     x = qkv.detach().requires_grad_()
@@ -173,9 +174,10 @@ def kept(T: int, H: int, dropout_p: float, seed: int, D: int = 64) -> Tensor:
 
 
 @triton_test
+@pytest.mark.parametrize("p", [0.3, 0.6])
 @pytest.mark.parametrize("tiles", TILES)
-def test_dropout_mask(tiles, monkeypatch):
-    T, H, p = 60, 4, 0.3
+def test_dropout_mask(tiles, p, monkeypatch):
+    T, H = 60, 4
     wanted = kept(T, H, p, seed=1)
     use_tiles(monkeypatch, tiles)
     mask = kept(T, H, p, seed=1)
@@ -188,8 +190,8 @@ def test_dropout_mask(tiles, monkeypatch):
     rows, columns = (mask[0, 1:, :-1], mask[0, :-1, :-1]), (mask[0, :, 1:], mask[0, :, :-1])
     for a, b in [(mask[0], mask[1]), (mask[0], other[0]), rows, columns]:
         both = below[: a.shape[0], : a.shape[1]].tril(-1)
-        agree = (a == b)[both].float().mean().item()  # independent draws agree with probability p^2 + (1 - p)^2 = 0.58
-        assert abs(agree - 0.58) < 4 * math.sqrt(0.58 * 0.42 / int(both.sum()))
+        agree, chance = (a == b)[both].float().mean().item(), p * p + (1 - p) ** 2  # as independent draws do
+        assert abs(agree - chance) < 4 * math.sqrt(chance * (1 - chance) / int(both.sum()))
 
 
 @triton_test
