@@ -1,7 +1,6 @@
 """The compiled CPU kernels as differentiable functions: what the ``cpp`` backend of the ops in this folder runs.
 
-Matrix products stay with PyTorch; what lies between them is one C++ call each way. M rows (B*T), C channels, N hidden size,
-V columns of the vocabulary.
+Matrix products stay with PyTorch; what lies between them is one C++ call each way. M rows (B*T), C channels, N hidden size.
 """
 
 import torch
@@ -10,8 +9,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kernels.linear import mm_fp32, shadow
-
-CHUNK_ROWS = 1024  # rows of logits alive at a time: 200 MB in fp32 at V = 50,304
 
 _ops = torch.ops.nanogpt
 
@@ -91,41 +88,3 @@ class _Attention(Function):
 def attention(qkv: Tensor, n_head: int, scale: float) -> Tensor:
     """Without dropout, which only the reference has on a CPU."""
     return _Attention.apply(qkv.contiguous(), n_head, scale)
-
-
-class _LinearCrossEntropy(Function):
-    """Loss and gradients together, a chunk of logits at a time; backward only scales."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, vocab_size, chunk_rows, w):
-        need_dx, need_dw = ctx.needs_input_grad[:2]
-        losses = torch.empty(x.shape[0], dtype=torch.float32)
-        dx = torch.empty_like(x) if need_dx else None
-        dw = torch.zeros_like(weight) if need_dw else None
-        for begin in range(0, x.shape[0], chunk_rows):
-            rows = slice(begin, begin + chunk_rows)
-            logits = x[rows] @ w.t()  # overwritten by its gradient
-            _ops.cross_entropy_rows_(logits, targets[rows], losses[rows], ignore_index, vocab_size, need_dx or need_dw)
-            if need_dx:
-                torch.mm(logits, w, out=dx[rows])
-            if need_dw:
-                dw += mm_fp32(logits.t(), x[rows])
-        n_valid = (targets != ignore_index).sum().clamp(min=1)
-        ctx.save_for_backward(dx, dw, n_valid)
-        return losses.sum() / n_valid
-
-    @staticmethod
-    def backward(ctx, dloss):
-        dx, dw, n_valid = ctx.saved_tensors
-        scale = dloss / n_valid
-        dx, dw = (None if d is None else d * scale.to(d.dtype) for d in (dx, dw))
-        return dx, dw, None, None, None, None, None
-
-
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int, chunk_rows: int | None
-) -> Tensor:
-    w = shadow(weight, x.dtype)
-    x = x.reshape(-1, x.shape[-1])
-    chunk_rows = chunk_rows or CHUNK_ROWS
-    return _LinearCrossEntropy.apply(x, weight, targets.reshape(-1).contiguous(), ignore_index, vocab_size, chunk_rows, w)

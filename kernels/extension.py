@@ -11,7 +11,7 @@ import torch
 
 # Ops that each library implements: what `unavailable` answers for.
 OPS = {
-    "cpp": ("adamw", "grad_norm"),
+    "cpp": ("adamw", "grad_norm", "cross_entropy"),
     "cuda": ("adamw", "grad_norm", "cross_entropy"),
 }
 LIBRARIES = {"cpp": "nanogpt_cpu", "cuda": "nanogpt_cuda"}

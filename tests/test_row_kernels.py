@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import extension
+from kernels import cpu, extension
+from kernels.attention import causal_attention_ref
 from kernels.optimizer import grad_norm
 from tests.helpers import DEVICE, assert_as_accurate, dtype_id
 
@@ -232,6 +233,88 @@ def test_gelu_tails(tanh):
     assert derivative[7].isnan()
 
 
+def attention_case(b, t, h, d, dtype):
+    torch.manual_seed(b + t + h + d)
+    return (torch.randn(b, t, 3 * h * d) * 1.5).to(dtype), torch.randn(b, t, h * d).to(dtype)
+
+
+def attention_exact(qkv, dout, heads, dtype):
+    """Output and gradient of PyTorch's causal attention in `dtype`."""
+    b, t, c3 = qkv.shape
+    x = qkv.to(dtype).requires_grad_()
+    q, k, v = x.view(b, t, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, c3 // 3)
+    (dqkv,) = torch.autograd.grad(y, x, dout.to(dtype))
+    return y.detach(), dqkv
+
+
+# One token; one block of 16 less, exactly and more; head sizes off the vector width; GPT-2's.
+HEADS = [(1, 1, 1, 1), (2, 15, 3, 7), (3, 16, 2, 16), (2, 17, 2, 33), (2, 64, 4, 32), (1, 130, 2, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", HEADS, ids=lambda s: "-".join(map(str, s)))
+def test_head_attention(shape, dtype):
+    (b, t, h, d), scale = shape, shape[3] ** -0.5
+    qkv, dout = attention_case(*shape, dtype)
+    out, lse = torch.ops.nanogpt.head_attention(qkv, h, scale)
+    dqkv = torch.ops.nanogpt.head_attention_backward(dout, qkv, lse, h, scale)
+    exact, plain = attention_exact(qkv, dout, h, torch.float64), attention_exact(qkv, dout, h, dtype)
+    assert out.dtype == dqkv.dtype == dtype
+    assert_as_accurate(out, plain[0], exact[0], atol=2e-6)
+    assert_as_accurate(dqkv, plain[1], exact[1], factor=3, atol=2e-6)
+    q, k, _ = qkv.double().view(b, t, 3, h, d).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(torch.ones(t, t).triu(1).bool(), float("-inf"))
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=2e-6)
+
+
+def test_head_attention_is_causal():
+    """Later keys and values change no earlier output and get no gradient from it."""
+    qkv, dout = attention_case(1, 40, 2, 8, torch.float32)
+    out, lse = torch.ops.nanogpt.head_attention(qkv, 2, 0.3)
+    dout[:, 20:] = 0
+    assert torch.ops.nanogpt.head_attention_backward(dout, qkv, lse, 2, 0.3)[:, 20:].eq(0).all()
+    qkv[:, 20:] = 1e3
+    changed, _ = torch.ops.nanogpt.head_attention(qkv, 2, 0.3)
+    assert torch.equal(changed[:, :20], out[:, :20])
+    assert not torch.equal(changed[:, 20:], out[:, 20:])
+
+
+def test_differentiable_functions():
+    """kernels.cpu joins the ops correctly: output and every gradient of a transformer block."""
+    torch.manual_seed(0)
+    b, t, c, heads = 2, 9, 16, 2
+    shapes = [(b, t, c), (c,), (c,), (3 * c, c), (4 * c, c), (4 * c,), (c, 4 * c), (c,)]
+    leaves = [torch.randn(s) * 0.3 for s in shapes]
+
+    def block(ops, x, w_ln, b_ln, w_qkv, w_fc, b_fc, w_proj, b_proj):
+        layer_norm, layer_norm_residual, attention, gelu_mlp = ops
+        branch = attention(F.linear(layer_norm(x, w_ln, b_ln), w_qkv))
+        y, r = layer_norm_residual(branch, x, w_ln, b_ln)
+        return gelu_mlp(y, w_fc, b_fc, w_proj, b_proj) + r
+
+    ours = (
+        lambda x, w, b: cpu.layer_norm(x, w, b, 1e-5),
+        lambda x, r, w, b: cpu.layer_norm_residual(x, r, w, b, 1e-5, 0.0),
+        lambda qkv: cpu.attention(qkv, heads, (c // heads) ** -0.5),
+        lambda *args: cpu.gelu_mlp(*args, False),
+    )
+    plain = (
+        lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b),
+        lambda x, r, w, b: (F.layer_norm(x + r, x.shape[-1:], w, b), x + r),
+        lambda qkv: causal_attention_ref(qkv, heads),
+        lambda x, w_fc, b_fc, w_proj, b_proj: F.linear(F.gelu(F.linear(x, w_fc, b_fc)), w_proj, b_proj),
+    )
+
+    def run(ops, dtype):
+        inputs = [p.to(dtype).requires_grad_() for p in leaves]
+        y = block(ops, *inputs)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), inputs)
+
+    for o, p, e in zip(run(ours, torch.float32), run(plain, torch.float32), run(plain, torch.float64), strict=True):
+        assert_as_accurate(o, p, e, factor=3, atol=2e-6)
+
+
 def test_results_do_not_depend_on_threads():
     x, dy, weight = torch.randn(300, 96), torch.randn(300, 96), torch.randn(96)
     grads = [torch.randn(50_000), torch.randn(7)]
@@ -281,7 +364,10 @@ y, _, statistics = torch.ops.nanogpt.row_layer_norm(x, None, torch.ones(300), No
 dx, _, _ = torch.ops.nanogpt.row_layer_norm_backward(x, None, x, torch.ones(300), statistics, False)
 post = x.clone()
 derivative = torch.ops.nanogpt.gelu_(post, None, False, True)
-torch.save([logits, losses, y, dx, post, derivative], sys.argv[2])
+qkv = torch.randn(2, 50, 72)
+out, lse = torch.ops.nanogpt.head_attention(qkv, 2, 0.3)
+dqkv = torch.ops.nanogpt.head_attention_backward(out, qkv, lse, 2, 0.3)
+torch.save([logits, losses, y, dx, post, derivative, out, lse, dqkv], sys.argv[2])
 """
 
 
@@ -321,6 +407,8 @@ def sample_inputs():
             "row_layer_norm_backward": (t(5, 8), t(5, 8), t(5, 8), t(8), t(5, 2), True),
             "gelu_": (t(5, 8), t(8), True, True),
             "gelu_backward_": (t(5, 8), t(5, 8), True),
+            "head_attention": (t(2, 5, 24), 2, 0.5),
+            "head_attention_backward": (t(2, 5, 8), t(2, 5, 24), t(2, 2, 5), 2, 0.5),
         }
     return inputs
 
