@@ -25,11 +25,11 @@ step() { # NAME, then the command
 step "lint" "$PY" -m ruff check .
 step "format" "$PY" -m ruff format --check .
 if sees_gpu; then
-    step "tests" "$PY" -m pytest --junit-xml="$reports/1.xml" "$@"
+    step "tests" "$PY" -m pytest -n auto --junit-xml="$reports/1.xml" "$@"
 else
-    step "tests" "$PY" -m pytest --junit-xml="$reports/1.xml" -m "not triton and not gpu" "$@"
+    step "tests" "$PY" -m pytest -n auto --junit-xml="$reports/1.xml" -m "not triton and not gpu" "$@"
     step "tests of kernels in the interpreter" env TRITON_INTERPRET=1 \
-        "$PY" -m pytest --junit-xml="$reports/2.xml" -m "triton and not gpu" "$@"
+        "$PY" -m pytest -n auto --junit-xml="$reports/2.xml" -m "triton and not gpu" "$@"
 fi
 
 printf '\n'

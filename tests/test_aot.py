@@ -4,7 +4,6 @@ import pytest
 
 pytest.importorskip("triton")
 from kernels import report
-from kernels.configs import ARCHS
 from tests.helpers import INTERPRET
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")]
@@ -15,7 +14,7 @@ EXPECTED = {80: {"cp.async", "mma"}, 86: {"cp.async", "mma"}, 89: {"cp.async", "
 
 
 def _cases():
-    for arch in ARCHS:
+    for arch in (80, 86, 90):  # sm_89 has sm_86's code and limits
         for case in report.cases(arch):
             yield pytest.param(case, arch, id=f"sm_{arch}-{case.name}")
 

@@ -329,7 +329,10 @@ def test_gpt2_step_in_bf16():
     plain = gradients(gpt2(torch.bfloat16, state), idx, targets)
     dispatch.use("auto")
     found = gradients(ours, idx, targets)
-    torch.testing.assert_close(found["loss"], exact.pop("loss"), rtol=1e-3, atol=0)
+    loss = exact.pop("loss")
+    # A mean of independently rounded losses; PyTorch's own error in it is a matter of luck.
+    rounding = torch.finfo(torch.bfloat16).eps * loss.item() / math.sqrt((targets >= 0).sum().item())
+    torch.testing.assert_close(found["loss"], loss, rtol=0, atol=rounding)
     for name, t in exact.items():
         error, allowed = (found[name] - t).norm().item(), 2 * (plain[name] - t).norm().item()
         assert error <= allowed + 1e-6, f"{name}: error {error:.3g} > {allowed:.3g} allowed"
