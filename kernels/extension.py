@@ -1,21 +1,28 @@
 """Loads the compiled extension of ``csrc/``: ``nanogpt_cpu`` (schemas and CPU kernels) and ``nanogpt_cuda``.
 
 ``pip install -e .`` or ``python setup.py build_ext --inplace`` puts both beside this file. They use PyTorch's stable ABI, so
-one build serves several torch releases. Nothing is loaded before an op asks for it.
+one build serves several torch releases. Nothing is loaded before an op asks for it. With ``NANOGPT_BUILD=1`` a library that
+is missing or older than its sources is first built; of several processes one builds and the others wait.
 """
 
 import functools
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
 
+FOLDER = Path(__file__).parent
+LIBRARIES = {"cpp": "nanogpt_cpu", "cuda": "nanogpt_cuda"}
 # Ops that each library implements: what `unavailable` answers for.
 OPS = {
     "cpp": ("adamw", "grad_norm", "cross_entropy"),
     "cuda": ("adamw", "grad_norm", "cross_entropy"),
 }
-LIBRARIES = {"cpp": "nanogpt_cpu", "cuda": "nanogpt_cuda"}
 BUILD = "python setup.py build_ext --inplace"
+BUILD_LIMIT = 900  # seconds that a process waits for another one's build
 
 
 @functools.cache
@@ -26,6 +33,19 @@ def unavailable(op: str, backend: str) -> str:
     return _load(backend)
 
 
+def status() -> dict[str, str]:
+    """What became of each library, for the start-up banner: ``{"nanogpt_cpu": "loaded (avx512)", "nanogpt_cuda": "..."}``."""
+    states = {}
+    for backend, name in LIBRARIES.items():
+        state = _load(backend)
+        if not state:
+            state = f"loaded ({torch.ops.nanogpt.cpu_instructions()})" if backend == "cpp" else "loaded"
+            newer = _newer_source(name)
+            state += f", but {newer} is newer: {BUILD}" if newer else ""
+        states[name] = state
+    return states
+
+
 @functools.cache
 def _load(backend: str) -> str:
     """Loads a library into torch.ops.nanogpt; returns why that failed, or an empty string."""
@@ -34,16 +54,54 @@ def _load(backend: str) -> str:
         if missing:
             return missing
     name = LIBRARIES[backend]
-    found = sorted(Path(__file__).parent.glob(f"{name}*.so"))
-    if not found:
+    file = FOLDER / f"{name}.so"
+    if os.environ.get("NANOGPT_BUILD") == "1" and _newer_source(name):
+        _build(name)
+    if not file.exists():
         return f"{name} is not built ({BUILD})"
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(file)
     except OSError as error:
-        return f"{found[0].name} does not load: {error.__cause__ or error}"
+        return f"{file.name} does not load: {error.__cause__ or error}"
     if backend == "cpp":
         _register_fakes()
     return ""
+
+
+def _newer_source(name: str) -> str:
+    """A source that is newer than the library, or any if there is no library; empty without sources, as in a wheel."""
+    file = FOLDER / f"{name}.so"
+    built = file.stat().st_mtime if file.exists() else 0.0
+    patterns = ("*.cu*", "ops_cuda.cpp", "cuda_kernels.h") if name == "nanogpt_cuda" else ("cpu_*", "ops.cpp")
+    sources = [s for pattern in (*patterns, "ops.h", "types.h") for s in sorted((FOLDER.parent / "csrc").glob(pattern))]
+    return next((f"csrc/{s.name}" for s in sources if s.stat().st_mtime > built), "")
+
+
+def _build(name: str) -> None:
+    """Builds in this process, unless another one does: then waits for it.
+
+    Raises:
+        TimeoutError: if the other one takes longer than BUILD_LIMIT.
+        subprocess.CalledProcessError: if the build fails.
+    """
+    import fcntl
+
+    root = FOLDER.parent
+    (root / "build").mkdir(exist_ok=True)
+    path = root / "build" / "lock"
+    deadline = time.monotonic() + BUILD_LIMIT
+    with path.open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    message = f"{path}: another process has been building for {BUILD_LIMIT} s; end it, or run {BUILD}"
+                    raise TimeoutError(message) from None
+                time.sleep(0.2)
+        if _newer_source(name):  # else the other one has just built it
+            subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=root, check=True, stdout=sys.stderr)
 
 
 def _register_fakes() -> None:
@@ -76,8 +134,3 @@ def _register_fakes() -> None:
     }  # fmt: skip
     for op, fake in fakes.items():
         torch.library.register_fake(f"nanogpt::{op}", fake)
-
-
-def status() -> dict[str, str]:
-    """``{"nanogpt_cpu": "loaded", "nanogpt_cuda": "nanogpt_cuda is not built (...)"}`` for the start-up banner."""
-    return {name: _load(backend) or "loaded" for backend, name in LIBRARIES.items()}

@@ -1,0 +1,204 @@
+"""How the compiled extension is built, found and loaded, and what is said where it is not."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+from kernels import extension
+
+ROOT = Path(__file__).parent.parent
+HAS_COMPILER = shutil.which("c++") and not extension.unavailable("adamw", "cpp")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty place for the libraries, beside empty sources."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "csrc").mkdir()
+    monkeypatch.setattr(extension, "FOLDER", tmp_path / "kernels")
+    monkeypatch.delenv("NANOGPT_BUILD", raising=False)
+
+    def clear():
+        extension.unavailable.cache_clear()
+        extension._load.cache_clear()
+
+    clear()
+    yield tmp_path / "kernels"
+    clear()
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a build needs."""
+    for name in ("csrc", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "nanogpt").mkdir()
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def build(tree, **environment):
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=tree, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture
+def setup_functions(monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_missing_library_says_how_to_build_it(folder):
+    assert extension.unavailable("adamw", "cpp") == "nanogpt_cpu is not built (python setup.py build_ext --inplace)"
+    assert extension.status()["nanogpt_cuda"] == extension.status()["nanogpt_cpu"]  # the schemas are in nanogpt_cpu
+
+
+def test_library_that_does_not_load(folder):
+    (folder / "nanogpt_cpu.so").write_text("no ELF")
+    assert extension.unavailable("adamw", "cpp").startswith("nanogpt_cpu.so does not load: ")
+
+
+def test_op_without_implementation():
+    assert extension.unavailable("embedding", "cuda") == "csrc has no embedding for cuda"
+
+
+def test_newer_source_is_named(folder):
+    (folder / "nanogpt_cpu.so").touch()
+    assert extension._newer_source("nanogpt_cpu") == ""
+    source = folder.parent / "csrc" / "cpu_math.h"
+    source.touch()
+    os.utime(source, (4e9, 4e9))
+    assert extension._newer_source("nanogpt_cpu") == "csrc/cpu_math.h"
+    assert extension._newer_source("nanogpt_cuda") == ""  # that one does not include it
+
+
+def test_status_of_this_machine():
+    states = extension.status()
+    assert list(states) == ["nanogpt_cpu", "nanogpt_cuda"]
+    for state in states.values():
+        assert state.startswith("loaded") or "not built" in state or "does not load" in state
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"CC": "false"}, "no C++ compiler: false does not run"), ({"CXX": "/no/such/c++"}, "no C++ compiler: /no/such/c++")],
+    ids=["CC=false", "CXX"],
+)
+def test_install_without_a_compiler_is_pure_python(tree, environment, reason):
+    result = build(tree, **environment)
+    assert result.returncode == 0
+    assert result.stdout.count("pure-Python install") == 1
+    assert reason in result.stdout
+    assert not list(tree.rglob("*.so"))
+
+
+def test_build_can_be_switched_off(tree):
+    assert build(tree, BUILD_EXTENSION="0").returncode == 0
+    assert not list(tree.rglob("*.so"))
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and ninja")
+def test_compile_error_stops_the_install(tree):
+    (tree / "csrc" / "types.h").write_text("this is not C++")
+    result = build(tree, BUILD_CUDA="0")
+    assert result.returncode != 0
+    assert "BUILD_EXTENSION=0 installs without it" in result.stderr
+
+
+def test_wrong_build_cuda_value(setup_functions, monkeypatch):
+    monkeypatch.setenv("BUILD_CUDA", "yes")
+    with pytest.raises(SystemExit, match="BUILD_CUDA=yes: expected auto, 0 or 1"):
+        setup_functions["cuda_to_build"]("2.13.0", None)
+
+
+def test_cuda_is_built_only_where_all_fits(setup_functions, monkeypatch, tmp_path, capsys):
+    to_build = setup_functions["cuda_to_build"]
+    monkeypatch.setitem(to_build.__globals__, "find_cuda", lambda: (tmp_path, "13.0"))
+    monkeypatch.setenv("BUILD_CUDA", "auto")
+    assert to_build("2.13.0", "13.0") == tmp_path
+    assert to_build("2.13.0", "13.2") == tmp_path  # minor releases of CUDA are compatible
+    assert to_build("2.13.0+cpu", None) is None
+    assert "no CUDA kernels: PyTorch 2.13.0+cpu is built without CUDA" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"nvcc is CUDA 13\.0, but PyTorch 2\.13\.0 is built with CUDA 12\.8"):
+        to_build("2.13.0", "12.8")
+    monkeypatch.setenv("BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"BUILD_CUDA=1: PyTorch .* is built without CUDA"):
+        to_build("2.13.0+cpu", None)
+    monkeypatch.setitem(to_build.__globals__, "find_cuda", lambda: None)
+    with pytest.raises(SystemExit, match="BUILD_CUDA=1: no nvcc"):
+        to_build("2.13.0", "13.0")
+    monkeypatch.setenv("BUILD_CUDA", "0")
+    assert to_build("2.13.0", "12.8") is None
+
+
+def test_cuda_home_behind_a_wrapper(setup_functions, monkeypatch, tmp_path):
+    """An nvcc on the PATH that only calls another one elsewhere."""
+    real = tmp_path / "cuda" / "bin" / "nvcc"
+    wrapper = tmp_path / "path" / "nvcc"
+    for file in (real, wrapper):
+        file.parent.mkdir(parents=True)
+    real.write_text(f'#!/bin/sh\necho "#\\$ _HERE_={real.parent}" >&2\necho "Cuda compilation tools, release 12.9, V12.9.1"\n')
+    wrapper.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    for file in (real, wrapper):
+        file.chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+    assert setup_functions["find_cuda"]() == (tmp_path / "cuda", "12.9")
+
+
+def test_arch_list(setup_functions):
+    flags = setup_functions["arch_flags"]
+    assert flags("8.0;9.0+PTX").split("-gencode ")[1:] == [
+        "arch=compute_80,code=sm_80 ",
+        "arch=compute_90,code=sm_90 ",
+        "arch=compute_90,code=compute_90",
+    ]
+    assert flags("9.0a") == "-gencode arch=compute_90a,code=sm_90a"
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST=Hopper: expected entries such as"):
+        flags("Hopper")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and ninja")
+def test_first_use_builds_once(tree):
+    """Two processes that start on a fresh checkout: one builds, both load, and the next build has nothing to do."""
+    code = "from kernels import extension; print(repr(extension.unavailable('adamw', 'cpp')))"
+    environment = {**os.environ, "NANOGPT_BUILD": "1", "BUILD_CUDA": "0"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=tree, env=environment, **pipes) for _ in range(2)]
+    results = [p.communicate(timeout=500) for p in processes]
+    assert [out for out, _ in results] == ["''\n", "''\n"], results
+    assert sum("running build_ext" in err for _, err in results) == 1
+    assert "ninja: no work to do" in build(tree, BUILD_CUDA="0").stdout
+
+
+def test_lock_has_a_time_limit(folder, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    (folder.parent / "csrc" / "ops.cpp").touch()
+    (folder.parent / "build").mkdir()
+    monkeypatch.setattr(extension, "BUILD_LIMIT", 0.3)
+    with (folder.parent / "build" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="another process has been building"):
+            extension._build("nanogpt_cpu")
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="the extension is not built")
+def test_compiles_into_a_graph():
+    """torch.compile takes the ops as they are, without a break."""
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(grads):
+        return torch.ops.nanogpt.grad_norm(grads) * 2
+
+    grads = [torch.randn(5), torch.randn(3, 2)]
+    torch.testing.assert_close(f(grads), 2 * torch.cat([g.flatten() for g in grads]).norm())
