@@ -179,6 +179,11 @@ def test_first_use_builds_once(tree):
     assert [out for out, _ in results] == ["''\n", "''\n"], results
     assert sum("running build_ext" in err for _, err in results) == 1
     assert "ninja: no work to do" in build(tree, BUILD_CUDA="0").stdout
+    # A weak symbol of an object for AVX could replace the baseline's, which would then not run on older machines.
+    for object_file in tree.glob("build/temp*/avx*.o"):
+        symbols = subprocess.run(["nm", object_file], capture_output=True, text=True, check=True).stdout
+        assert " W " not in symbols
+        assert " u " not in symbols
 
 
 def test_lock_has_a_time_limit(folder, monkeypatch):
