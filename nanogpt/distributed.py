@@ -58,7 +58,12 @@ ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 def shutdown() -> None:
+    """Leaves the process group, at the end of a run."""
     if dist.is_initialized():
+        dist.barrier()
+        # Gloo's thread needs the GIL to drop the tensors of its last collective, and its process group is destroyed by a thread
+        # that joins it with the GIL held (DDP's reducer, at exit): without this pause, one run in some hundreds hangs there.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
