@@ -38,12 +38,11 @@ def _table() -> dict:
     return json.loads(TABLE.read_text())
 
 
-@functools.cache
-def arch(device_index: int | None = None) -> int:
-    """80, 86, 89, 90: the newest entry of the table that this GPU can run (sm_80 under the interpreter)."""
+def arch() -> int:
+    """80, 86, 89, 90: the newest entry of the table that the current GPU can run (sm_80 under the interpreter)."""
     if dispatch.interpreting():
         return 80
-    major, minor = torch.cuda.get_device_capability(device_index)
+    major, minor = torch.cuda.get_device_capability()
     return max(a for a in ARCHS if a <= major * 10 + minor)
 
 
@@ -67,7 +66,7 @@ def select(op: str, bucket: str, candidates: Callable[[int], Iterator[dict]], la
 
     Args:
         candidates: arch -> configurations worth timing; read only under ``NANOGPT_AUTOTUNE=1`` and by ``scripts/tune.py``.
-        launch: runs the op once with a configuration; must be safe to repeat.
+        launch: runs the op once with a configuration, which it may take apart; must be safe to repeat.
     """
     a = arch()
     if os.environ.get("NANOGPT_AUTOTUNE") != "1" or dispatch.interpreting():
@@ -85,7 +84,7 @@ def measure(candidates, launch) -> Iterator[tuple[float, dict]]:
 
     for config in candidates:
         try:
-            ms = triton.testing.do_bench(functools.partial(launch, config), return_mode="median")
+            ms = triton.testing.do_bench(lambda c=config: launch(dict(c)), return_mode="median")
         except OutOfResources:
             continue
         yield ms, config

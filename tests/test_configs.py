@@ -25,3 +25,11 @@ def test_lookup_gives_a_copy(monkeypatch):
     monkeypatch.setattr(configs, "_table", lambda: {"sm_80": {"op": {"d64": {"BLOCK_M": 64}}}})
     configs.lookup("op", "d64", 80).clear()
     assert configs.lookup("op", "d64", 80) == {"BLOCK_M": 64}
+
+
+def test_measuring_repeats_a_launch_that_takes_its_configuration_apart(monkeypatch):
+    testing = pytest.importorskip("triton.testing")
+    monkeypatch.setattr(testing, "do_bench", lambda call, **_: [call() for _ in range(3)][-1])
+    candidates = [{"rows": 3, "ms": 2.0}, {"rows": 1, "ms": 1.0}]
+    assert list(configs.measure(candidates, lambda config: config.pop("ms"))) == [(2.0, candidates[0]), (1.0, candidates[1])]
+    assert candidates == [{"rows": 3, "ms": 2.0}, {"rows": 1, "ms": 1.0}]

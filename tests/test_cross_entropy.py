@@ -297,6 +297,27 @@ def test_each_configuration_gives_the_same(monkeypatch):
 
 
 @pytest.mark.triton
+def test_timing_candidates_leaves_the_logits_alone(monkeypatch):
+    logits, targets, losses = (
+        torch.randn(5, 300, device=DEVICE),
+        torch.arange(5, device=DEVICE),
+        torch.empty(2, 5, device=DEVICE),
+    )
+    rows = [logits.clone(), logits.clone()]
+    module._rows_triton(rows[0], targets, losses[0], -1, 300, True)
+
+    def select(op, bucket, candidates, launch):
+        for _ in range(2):
+            launch(configs.lookup(op, bucket, 80))
+        return configs.lookup(op, bucket, 80)
+
+    monkeypatch.setattr(configs, "select", select)
+    module._rows_triton(rows[1], targets, losses[1], -1, 300, True)
+    assert torch.equal(*rows)
+    assert torch.equal(*losses)
+
+
+@pytest.mark.triton
 @pytest.mark.usefixtures("backend")
 def test_deterministic():
     x, weight, targets = make(64, 32, 700, 700, torch.float32)
