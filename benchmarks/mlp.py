@@ -2,7 +2,7 @@
 
     python benchmarks/mlp.py [--quick] [--plot]
 
-Providers: ours through each backend (Triton, the extension's cuBLASLt epilogues, the PyTorch reference), plain PyTorch, and
+Providers: ours through each backend (Triton or the CPU extension, the PyTorch reference), plain PyTorch, and
 torch.compile. 16 M C^2 FLOPs forward, twice that backward.
 """
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> common.Bench:
         shapes = [(1024, 384)]
     elif args.quick:
         shapes = shapes[:2]
-    backends = ("triton", "cuda", "torch") if bench.gpu else ("cpp", "torch")
+    backends = ("triton", "torch") if bench.gpu else ("cpp", "torch")
     providers = {f"ours-{name}": backend(name, ours) for name in backends}
     providers |= {"torch": reference, "compile": torch.compile(reference, dynamic=False)}
     for M, C in shapes:

@@ -18,7 +18,7 @@ BACKENDS = ("triton", "cuda", "cpp", "torch")
 PREFERENCE = {
     "attention": ("triton", "torch"),
     "layer_norm": ("triton", "cpp", "torch"),
-    "gelu_mlp": ("triton", "cuda", "cpp", "torch"),
+    "gelu_mlp": ("triton", "cpp", "torch"),
     # H100, 16,384 rows of 50,304 in bf16: cuda 1.22 ms (90% of a copy's bandwidth), triton 1.44 ms.
     "cross_entropy": ("cuda", "triton", "cpp", "torch"),
     "embedding": ("triton", "torch"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels import dispatch
+from kernels import dispatch, extension
 from tests.helpers import INTERPRET
 
 
@@ -40,6 +40,15 @@ def test_an_op_without_the_backend_asked_for_says_so():
     backend, reason = dispatch.explain("mps")["adamw"] if INTERPRET else dispatch._resolve("adamw", "cpu")
     assert backend != "triton"
     assert reason.startswith("adamw has no triton backend")
+
+
+def test_a_compiled_backend_that_loads_can_be_asked_for(monkeypatch):
+    """Every op then runs on it or says that it has none."""
+    monkeypatch.setattr(extension, "unavailable", lambda op, backend: "" if op in extension.OPS[backend] else f"no {op}")
+    dispatch.use("cuda")
+    for op in ("gelu_mlp", "cross_entropy", "adamw", "grad_norm"):
+        if "cuda" in dispatch.PREFERENCE[op]:
+            assert dispatch.choose(op, "cuda") == "cuda"
 
 
 def test_unknown_backend():
