@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import aot, attention_hopper, configs, decode, dispatch
-from kernels.dropout import draw_seed
+from kernels.dropout import check_dropout, draw_seed
 from kernels.triton_compat import TensorDescriptor, tl, triton
 
 decode_attention = decode.decode_attention  # the other half of the op's interface, from a file of its own
@@ -314,7 +314,7 @@ def attention_bwd(
     qkv = _readable(qkv)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     delta = _empty_stats(qkv, n_head)
-    if attention_hopper.supports(qkv, n_head, dropout_p):
+    if attention_hopper.supports(qkv, n_head, dropout_p) and dout.data_ptr() % 16 == 0:
         with torch.cuda.device_of(qkv):
             attention_hopper.backward(dout, qkv, out, lse, delta, dqkv, n_head, scale)
         return dqkv
@@ -368,8 +368,7 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0, scale: fl
     D, rest = divmod(C3, 3 * n_head)
     if rest:
         raise ValueError(f"qkv's last dimension {C3} is not 3 * n_head * head size, with n_head={n_head}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p={dropout_p}: expected 0 <= dropout_p < 1")
+    check_dropout(dropout_p)
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     if scale <= 0.0:
         raise ValueError(f"scale={scale}: expected a positive number")

@@ -110,7 +110,7 @@ def _fwd_kernel(
         n = row + m - ahead * BLOCK_N
         _load_pair(
             kv_desc, C + col, k.index(fill), kv_desc, 2 * C + col, v.index(fill), n, ready.index(fill),
-            (ahead < tiles) & (ahead > STAGES - 2),
+            ahead < tiles,
         )  # fmt: skip
         mbarrier.wait(ready.index(here), (t // STAGES) & 1)
         s_acc = warpgroup_mma(q, k.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -306,6 +306,7 @@ def supports(qkv: Tensor, n_head: int, dropout_p: float) -> bool:
         and dropout_p == 0.0
         and qkv.dtype in (torch.bfloat16, torch.float16)
         and qkv.is_contiguous()
+        and qkv.data_ptr() % 16 == 0  # TMA
     )
 
 

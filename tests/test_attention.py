@@ -128,14 +128,16 @@ def test_strided_qkv(layout):
 
 
 @triton_test
-@pytest.mark.parametrize(("T", "stride_b", "stride_t"), [(20, 2**31, 96), (128, 96, 17_000_000)], ids=["batch", "time"])
-def test_offsets_beyond_32_bits(T, stride_b, stride_t):
-    """The last element lies 2^31 elements or more after the first; only the touched pages are ever backed by memory."""
+@pytest.mark.parametrize(
+    ("B", "T", "stride_b", "stride_t"), [(3, 20, 2**30, 96), (1, 193, 96, 2**24 - 8)], ids=["batch", "time"]
+)
+def test_offsets_beyond_32_bits(B, T, stride_b, stride_t):
+    """Strides of 32 bits, their multiples beyond; only the touched pages are ever backed by memory."""
     H, D = 2, 16
-    far = torch.empty(stride_b + (T - 1) * stride_t + 96, dtype=torch.float16, device=DEVICE)
-    qkv = far.as_strided((2, T, 96), (stride_b, stride_t, 1))
-    qkv.copy_(torch.randn(2, T, 96))
-    dout = torch.randn(2, T, H * D, device=DEVICE, dtype=torch.float16)
+    far = torch.empty((B - 1) * stride_b + (T - 1) * stride_t + 96, dtype=torch.float16, device=DEVICE)
+    qkv = far.as_strided((B, T, 96), (stride_b, stride_t, 1))
+    qkv.copy_(torch.randn(B, T, 96))
+    dout = torch.randn(B, T, H * D, device=DEVICE, dtype=torch.float16)
     out, lse = attention_fwd(qkv, None, H, 0.0, 0.25)
     near, near_lse = attention_fwd(qkv.contiguous(), None, H, 0.0, 0.25)
     assert torch.equal(out, near)
@@ -333,14 +335,19 @@ def test_decode_strided_caches(layout):
 
 
 @triton_test
-def test_decode_offsets_beyond_32_bits():
-    T, D = 8, 16
-    far = torch.empty(2**31 + T * D, dtype=torch.float16, device=DEVICE)
-    k = far.as_strided((2, 1, T, D), (2**31, T * D, D, 1))
-    k.copy_(torch.randn(2, 1, T, D))
-    q = torch.randn(2, D, device=DEVICE, dtype=torch.float16)
-    ours = decode_attention(q, k, k, lengths(T, T))
-    assert torch.equal(ours, decode_attention(q, k.contiguous(), k.contiguous(), lengths(T, T)))
+@pytest.mark.parametrize(
+    ("stride_b", "stride_h", "stride_t"),
+    [(2**30, 144, 16), (144, 2**30, 16), (48, 16, 2**28)],
+    ids=["batch", "head", "time"],
+)
+def test_decode_offsets_beyond_32_bits(stride_b, stride_h, stride_t):
+    B, H, T, D = 3, 3, 9, 16
+    far = torch.empty(2 * stride_b + 2 * stride_h + 8 * stride_t + D, dtype=torch.float16, device=DEVICE)
+    k = far.as_strided((B, H, T, D), (stride_b, stride_h, stride_t, 1))
+    k.copy_(torch.randn(B, H, T, D))
+    q = torch.randn(B, H * D, device=DEVICE, dtype=torch.float16)
+    ours = decode_attention(q, k, k, lengths(T, T, T))
+    assert torch.equal(ours, decode_attention(q, k.contiguous(), k.contiguous(), lengths(T, T, T)))
 
 
 @triton_test
