@@ -378,14 +378,14 @@ BWD_TMA_CANDIDATES = (
 
 
 def fwd_candidates(arch: int) -> Iterator[dict[str, int]]:
-    """Configurations of `gelu_mlp_fwd` worth timing; none spills."""
+    """Configurations of `gelu_mlp_fwd` worth timing."""
     yield UNFUSED
     for values in FWD_TMA_CANDIDATES if arch >= 90 else POINTER_CANDIDATES:
         yield {"fused": 1, **dict(zip(KEYS, values))}
 
 
 def bwd_candidates(arch: int) -> Iterator[dict[str, int]]:
-    """Configurations of `gelu_mlp_bwd` worth timing; none spills."""
+    """Configurations of `gelu_mlp_bwd` worth timing."""
     yield UNFUSED
     for values in BWD_TMA_CANDIDATES if arch >= 90 else POINTER_CANDIDATES:
         yield {"fused": 1, **dict(zip(KEYS, values))}
