@@ -61,13 +61,14 @@ def save(out_dir: Path, step: int, model: dict[str, Tensor], optim: dict[str, Te
         manifest["sha256"] = _digest(manifest)
         _write(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
         _sync(partial)
-        if final.exists():  # an unreadable one: it must not stand in the way of its successor
-            discarded = out_dir / f".discarded-step-{step}"
-            shutil.rmtree(discarded, ignore_errors=True)
-            final.rename(discarded)
+        if final.exists():
+            replaced = out_dir / f".replaced-step-{step}"
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         partial.rename(final)
         _sync(out_dir)
     except OSError as error:
+        recover(out_dir)
         shutil.rmtree(partial, ignore_errors=True)
         needed = sum(t.numel() * t.element_size() for tensors in (model, optim) for t in tensors.values())
         free = shutil.disk_usage(out_dir).free if out_dir.is_dir() else 0
@@ -122,9 +123,17 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
+def recover(out_dir: Path) -> None:
+    """Puts back a checkpoint that a save had moved aside when it ended before the new one took its name."""
+    for replaced in out_dir.glob(".replaced-step-*"):
+        final = out_dir / replaced.name.removeprefix(".replaced-")
+        if not final.exists():
+            replaced.rename(final)
+
+
 def tidy(out_dir: Path) -> None:
     """Removes what an interrupted save or removal left behind; what cannot be removed is left with a warning."""
-    for pattern in (".partial-step-*", ".discarded-step-*"):
+    for pattern in (".partial-step-*", ".replaced-step-*", ".discarded-step-*"):
         for path in out_dir.glob(pattern):
             try:
                 shutil.rmtree(path)
@@ -189,13 +198,17 @@ def verify(path: Path) -> None:
     """Compares every byte of a checkpoint with its manifest.
 
     Raises:
-        ValueError: naming the file, and the tensor, that is missing, cut short or altered.
+        ValueError: naming the file, and the tensor, that is missing, cut short, altered or unreadable.
     """
     manifest = _check_sizes(path)
     for name in FILES:
-        with open(path / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != manifest["files"][name]["sha256"]:
-                raise ValueError(f"{path / name}: {_altered(path / name, manifest['tensors'].get(name, {}))}")
+        try:
+            with open(path / name, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(f"{path / name}: {error.strerror}") from error
+        if digest != manifest["files"][name]["sha256"]:
+            raise ValueError(f"{path / name}: {_altered(path / name, manifest['tensors'].get(name, {}))}")
 
 
 def _check_sizes(path: Path) -> dict:

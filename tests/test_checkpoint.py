@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -186,6 +187,42 @@ def test_replaces_an_unreadable_one_of_the_same_step(tmp_path):
     save(tmp_path, 5)
     checkpoint.verify(tmp_path / "step-5")
     assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt])
+def test_r03_cut_off_while_it_replaces_one_of_the_same_step(tmp_path, monkeypatch, failure):
+    save(tmp_path, 5, val_loss=1.0)
+    rename = os.rename
+
+    def failing(old, new, **keys):
+        if "partial" in str(old):
+            raise failure
+        rename(old, new, **keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing)
+        with pytest.raises(type(failure) if isinstance(failure, OSError) else failure):
+            save(tmp_path, 5, val_loss=2.0)
+    if failure is KeyboardInterrupt:  # as a killed program's successor does
+        checkpoint.recover(tmp_path)
+        checkpoint.tidy(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
+    assert checkpoint.read_state(checkpoint.find(tmp_path))["val_loss"] == 1.0
+
+
+def test_r04_a_file_that_the_disk_does_not_give_back_is_passed_over(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 5)
+    save(tmp_path, 9)
+    digest = checkpoint.hashlib.file_digest
+
+    def failing(file, name):
+        if "step-9/optim" in file.name:
+            raise OSError(5, "Input/output error")
+        return digest(file, name)
+
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", failing)
+    assert checkpoint.find(tmp_path).name == "step-5"
+    assert "step-9/optim.safetensors: Input/output error; passing over step-9" in caplog.text
 
 
 def test_r06_a_failed_write_leaves_the_earlier_one(tmp_path):
