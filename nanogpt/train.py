@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from kernels import dispatch
+from kernels.linear import shadow
 from nanogpt import checkpoint, distributed, monitor, tokenizer
 from nanogpt.data import find
 from nanogpt.data.loader import Loader, eval_batches
@@ -52,6 +53,8 @@ class Run:
     evaluated: int = -1  # the `it` of the last evaluation
     val_loss: float = math.nan  # of the last evaluation
     best_val_loss: float = math.inf
+    resumed: bool = False
+    final: int = -1  # the `it` of the final checkpoint that it resumed from
 
     @property
     def out_dir(self) -> Path:
@@ -115,12 +118,20 @@ def setup(config: TrainConfig) -> Run:
     run = Run(config, world, data_dir, loader, model, compiled, wrapped, optimizer, loss_scale)
     if path:
         restore(run, path, state)
+    if config.compile and dtype != torch.float32:
+        # Before the first step, whose code would not hold for the second otherwise; after restore(), as compiled code takes a
+        # shadow as it is
+        for p in (p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters()):
+            shadow(p, dtype)
     return run
 
 
 def starting_checkpoint(config: TrainConfig, world: distributed.World) -> Path | None:
     """The verified checkpoint to continue from; None to start from scratch, in a directory that holds no other run."""
     out_dir = Path(config.out_dir)
+    if world.main:
+        checkpoint.recover(out_dir)
+    distributed.gather(None, world)  # so that every rank sees the same steps
     existing = checkpoint.steps(out_dir)
     # After a crash torchrun starts the same command again, which must then continue
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and bool(existing)
@@ -128,22 +139,18 @@ def starting_checkpoint(config: TrainConfig, world: distributed.World) -> Path |
         found = None
         if world.main:  # alone, so that the files are read once; the others learn what came of it
             try:
-                found = checkpoint.find(out_dir, config.resume)
+                found = checkpoint.find(out_dir, 0 if restarted else config.resume)
             except ValueError as error:
                 found = error
         found = distributed.gather(found, world)[0]
         if isinstance(found, ValueError):
             raise found
         return found
-    if existing and not config.eval_only:
-        if not config.overwrite:
-            raise ValueError(
-                f"out_dir={out_dir}: holds step-{existing[-1]} of another run: continue it with --init_from=resume, "
-                "delete it with --overwrite=True, or choose another --out_dir"
-            )
-        distributed.gather(None, world)  # every rank has looked
-        for step in existing if world.main else ():
-            checkpoint.remove(out_dir, step)
+    if existing and not config.eval_only and not config.overwrite:
+        raise ValueError(
+            f"out_dir={out_dir}: holds step-{existing[-1]} of another run: continue it with --init_from=resume, "
+            "delete it with --overwrite=True, or choose another --out_dir"
+        )
     return None
 
 
@@ -156,6 +163,7 @@ def restore(run: Run, path: Path, state: dict) -> None:
     run.it, run.evaluated = state["iter"], state["evaluated"]
     run.val_loss = math.nan if state["val_loss"] is None else state["val_loss"]
     run.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
+    run.resumed, run.final = True, run.it if state["final"] else -1
     if len(state["rng"]) == run.world.size:
         distributed.restore_rng(state["rng"][run.world.rank], run.world.device)
     else:  # dropout draws anew; the data order goes on
@@ -270,7 +278,7 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) 
             if not done and run.it > 0 and (improved or config.always_save_checkpoint):
                 save_now()
         if done:
-            return "finished" if save_now("finished") else "failed"
+            return "finished" if run.final == run.it or save_now("finished") else "failed"
 
         optimizer.set_lr(learning_rate(run.it, config))
         mean_loss = torch.zeros((), device=world.device)
@@ -341,7 +349,10 @@ def main(config: TrainConfig) -> int:
                 log.print(f"GPU sensors: {log.telemetry.missing}")
             if not config.eval_only:
                 checkpoint.tidy(run.out_dir)
-                if config.resume:
+                if config.overwrite and not run.resumed:  # only now that the rest of the command has proved right
+                    for step in checkpoint.steps(run.out_dir):
+                        checkpoint.remove(run.out_dir, step)
+                elif config.resume:
                     checkpoint.abandon(run.out_dir, run.it)
                 tokenizer.save_beside(run.data_dir, run.out_dir)
                 monitor.write_status(run.out_dir, run.it, "running")

@@ -277,10 +277,14 @@ def test_r04_nothing_to_resume_is_an_error(data, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_another_run_is_not_written_over(data, tmp_path, capsys):
+def test_another_run_is_not_written_over(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     run(data, tmp_path)
     capsys.readouterr()
     assert "holds step-12 of another run" in mistake(capsys, data, tmp_path)
+    assert "dataset=nowhere" in mistake(capsys, "nowhere", tmp_path, overwrite=True)
+    assert "tensorboard=True: not installed" in mistake(capsys, data, tmp_path, overwrite=True, tensorboard=True)
+    assert checkpoint.steps(tmp_path) == [10, 12]  # nothing is deleted for a command that cannot run
     assert run(data, tmp_path, overwrite=True, max_iters=3) == 0
     assert checkpoint.steps(tmp_path) == [3]
     assert [it for it, _ in losses(tmp_path)] == [0, 1, 2]
@@ -292,6 +296,27 @@ def test_restarted_by_torchrun_continues(data, tmp_path, monkeypatch):
     assert run(data, tmp_path, overwrite=True) == 0
     assert [r["iter"] for r in records(tmp_path, "start")] == [0, 6]
     assert [it for it, _ in losses(tmp_path)] == list(range(12))
+    assert run(data, tmp_path, resume=6, max_iters=13) == 0  # from the newest: it went back to 6 when it was first started
+    assert [r["iter"] for r in records(tmp_path, "start")] == [0, 6, 12]
+
+
+def test_a_finished_run_is_left_as_it_is(data, tmp_path):
+    run(data, tmp_path)
+    before = (tmp_path / "step-12" / checkpoint.MANIFEST).stat()
+    assert run(data, tmp_path, init_from="resume") == 0
+    assert status(tmp_path)["state"] == "finished"
+    assert (tmp_path / "step-12" / checkpoint.MANIFEST).stat() == before
+    assert run(data, tmp_path, init_from="resume", max_iters=14) == 0
+    assert checkpoint.read_state(tmp_path / "step-14")["final"]
+
+
+def test_compiled_16_bit_starts_with_the_shadows_of_what_it_resumes(data, tmp_path):
+    run(data, tmp_path, dtype="bfloat16")
+    config = load(TrainConfig, arguments(data, tmp_path, dtype="bfloat16", init_from="resume", compile=True))
+    found = train.setup(config)
+    found.loader.close()
+    for p in (found.model.lm_head.weight, found.model.transformer.h[1].mlp.c_fc.weight):
+        assert torch.equal(p.shadow, p.detach().bfloat16())
 
 
 def test_resume_takes_the_shape_from_the_checkpoint_and_tells_what_changed(data, tmp_path, capsys):
