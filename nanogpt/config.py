@@ -1,7 +1,7 @@
 """What can be set, its defaults, and how it is read: presets, ``.py`` config files, ``--key=value``.
 
 Imports no torch, so a wrong option is answered at once. The command line is read by hand, some 30 lines over the dataclass
-fields: tyro and argparse each fail one of ``--compile=False``, ``--compile false``, ``--start=a=b`` and one-line errors.
+fields: argparse knows no ``--compile=False`` beside a bare ``--compile``, and answers a mistake with more than one line.
 """
 
 import ast
@@ -177,8 +177,8 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, presets: Path | None 
 
 
 def fail(error: Exception, prog: str = "") -> NoReturn:
-    """Ends the program on a mistake of the user's: one line on stderr (from the first process only), exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Ends the program on a mistake of the user's: one line on stderr (of each machine's first process), exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{prog or 'error'}: {error}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -40,8 +40,8 @@ def init(config: TrainConfig) -> World:
     Raises:
         ValueError: for a device that is not there, or a backend that cannot serve it.
     """
-    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in ENVIRONMENT)
-    device = pick_device(config.device, local_rank, size)
+    rank, local_rank, size, local_size = (int(os.environ.get(name, default)) for name, default in ENVIRONMENT)
+    device = pick_device(config.device, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
@@ -54,7 +54,7 @@ def init(config: TrainConfig) -> World:
     return World(rank, local_rank, size, device)
 
 
-ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
 
 
 def shutdown() -> None:
@@ -70,8 +70,12 @@ def shutdown() -> None:
 def pick_device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
     """The device behind ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; with several processes, each its own GPU.
 
+    Args:
+        name: what the user asked for.
+        local_rank: this process, of ``size`` on this machine.
+
     Raises:
-        ValueError: where it is not there.
+        ValueError: where it is not there, or not there for each process: the first one, which prints, must fail with the last.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -84,6 +88,8 @@ def pick_device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
         raise ValueError(f"device={name}: torch {torch.__version__} sees no GPU; use --device=cpu")
     if ":" in name and size > 1:
         raise ValueError(f"device={name}: {size} processes cannot share one GPU; use --device=cuda")
+    if size > count:
+        raise ValueError(f"device=cuda: {size} processes on {count} GPUs; lower --nproc_per_node")
     index = int(name[5:]) if ":" in name else local_rank
     if index >= count:
         raise ValueError(f"device=cuda:{index}: there are {count} GPUs here, numbered from 0")

@@ -46,7 +46,8 @@ def test_device(monkeypatch, count, name, local_rank, size, device):
     [
         (0, "cuda", 0, 1, "device=cuda: torch .* sees no GPU; use --device=cpu"),
         (2, "cuda:2", 0, 1, "device=cuda:2: there are 2 GPUs"),
-        (2, "cuda", 2, 3, "device=cuda:2: there are 2 GPUs"),
+        (2, "cuda", 0, 3, "device=cuda: 3 processes on 2 GPUs"),  # on the first process, which prints
+        (2, "cuda", 2, 3, "device=cuda: 3 processes on 2 GPUs"),
         (2, "cuda:1", 0, 2, "device=cuda:1: 2 processes cannot share one GPU"),
         (0, "mps", 0, 1, "device=mps: not available"),
     ],
