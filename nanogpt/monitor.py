@@ -4,6 +4,7 @@ MFU (model FLOPs utilisation) is printed under two names, because projects count
 + 12 L C T FLOPs a token, and `mfu_causal` with half the attention, 6N + 6 L C T. Of a GPU whose peak is not known, neither.
 """
 
+import atexit
 import json
 import math
 import os
@@ -181,7 +182,7 @@ class MetricsFile:
     def __init__(self, path: Path, start: int, evaluated: bool):
         kept = [line for line in path.read_text().splitlines() if _precedes(line, start, evaluated)] if path.exists() else []
         partial = path.with_name(f".{path.name}")
-        partial.write_text("".join(line + "\n" for line in kept if start))
+        partial.write_text("".join(line + "\n" for line in kept if start or evaluated))
         os.replace(partial, path)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
 
@@ -261,6 +262,7 @@ def trackers(config: TrainConfig, out_dir: Path) -> list[Callable[[dict[str, flo
         except ImportError as error:
             raise ValueError("tensorboard=True: not installed; pip install tensorboard") from error
         writer = SummaryWriter(str(out_dir / "tensorboard"))
+        atexit.register(writer.close)  # its thread dies with the program, and with it what it has not written yet
         found.append(lambda values, it: [writer.add_scalar(name, value, it) for name, value in values.items()])
     if config.wandb_log:
         try:

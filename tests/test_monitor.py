@@ -160,6 +160,8 @@ def test_metrics_file_drops_what_will_happen_again(tmp_path):
         kept = [(r["kind"], r["iter"]) for r in records(path)]
         assert kept == [("start", 0), ("eval", 0), ("train", 0), ("train", 1)] + [("eval", 2)] * evaluated
     assert records(path)[1]["loss"] == "nan"
+    MetricsFile(path, 0, True).close()  # stopped after its first evaluation, and resumed
+    assert [(r["kind"], r["iter"]) for r in records(path)] == [("start", 0), ("eval", 0)]
     MetricsFile(path, 0, False).close()  # from scratch
     assert path.read_text() == ""
 
@@ -203,7 +205,9 @@ def test_monitor_reports_a_skipped_update_at_once(tmp_path, capsys):
 
 def test_trackers_get_numbers_only(tmp_path, monkeypatch):
     seen = []
-    writer = types.SimpleNamespace(add_scalar=lambda name, value, it: seen.append((name, value, it)))
+    writer = types.SimpleNamespace(add_scalar=lambda name, value, it: seen.append((name, value, it)), close=lambda: None)
+    at_exit = []
+    monkeypatch.setattr(monitor.atexit, "register", at_exit.append)
     fake = types.SimpleNamespace(SummaryWriter=lambda path: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     runs = types.SimpleNamespace(
@@ -214,6 +218,7 @@ def test_trackers_get_numbers_only(tmp_path, monkeypatch):
     log.evaluation(5, {"val": 2.5})
     log.close(5, "finished")
     assert seen == [("eval/val_loss", 2.5, 5), ({"eval/val_loss": 2.5}, 5)]
+    assert at_exit == [writer.close]
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb_log", "wandb")])
