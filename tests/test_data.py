@@ -503,7 +503,10 @@ def test_check_compares_the_tokenizer(small, capsys):
         ((), "which command?"),
         (("chekc", "x"), "chekc: expected one of prepare, check, info"),
         (("check",), "takes one directory"),
-        (("check", "nothing"), "make it with: python -m nanogpt.data.prepare nothing --input FILE\n"),
+        (
+            ("check", "nothing"),
+            "make it with: python -m nanogpt.data.prepare nothing --input FILE --tokenizer=char|gpt2\n",
+        ),
         (("check", "plays"), "make it with: python -m nanogpt.data.prepare plays\n"),
         (("check", ""), "dataset=: no such directory"),
         (("check", "no/where"), "no/where: no such directory"),

@@ -27,5 +27,7 @@ def find(dataset: str | Path) -> Path:
             return candidate
     if not named:
         raise ValueError(f"dataset={dataset}: no such directory")
-    command = f"python -m nanogpt.data.prepare {dataset}" + ("" if dataset in RECIPES else " --input FILE")
+    command = f"python -m nanogpt.data.prepare {dataset}" + (
+        "" if dataset in RECIPES else " --input FILE --tokenizer=char|gpt2"
+    )
     raise ValueError(f"dataset={dataset}: {(ROOT / path).absolute()} is not there; make it with: {command}")
