@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
         print("compile=True: decoding uses the KV cache instead, and compiles nothing", file=sys.stderr)
     try:
         run(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(error, "sample")
 
 
