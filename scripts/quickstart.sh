@@ -12,6 +12,10 @@ else
     preset=plays_cpu out=out-plays-cpu
 fi
 
+for word; do
+    case "$word" in --out_dir=*) out=${word#*=} ;; esac
+done
+
 "$PY" -m nanogpt.data.prepare plays_char
 if compgen -G "$out/step-*" >/dev/null; then
     printf '%s holds a run: going on with it\n' "$out"

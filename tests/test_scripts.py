@@ -305,6 +305,14 @@ def test_quickstart_goes_on_with_a_run(machine):
     assert machine.calls("-m nanogpt.train plays_cpu --init_from=resume")
 
 
+def test_quickstart_samples_where_it_was_told_to_train(machine):
+    (machine.repo / "elsewhere" / "step-250").mkdir(parents=True)
+    done = machine.run("quickstart.sh", "--out_dir=elsewhere")
+    assert machine.calls("-m nanogpt.train plays_cpu --init_from=resume --out_dir=elsewhere")
+    assert machine.calls("-m nanogpt.sample --out_dir=elsewhere ")
+    assert "out-plays-cpu" not in done.stdout
+
+
 @pytest.mark.parametrize("step", ["data.prepare", "train", "sample"])
 def test_quickstart_stops_at_the_first_failure(machine, step):
     machine.note("fails", f"-m nanogpt.{step}")
