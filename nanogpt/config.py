@@ -168,7 +168,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, presets: Path | None 
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(usage(cls, presets, prog))
+        print(usage(cls, presets, prog and f"python -m nanogpt.{prog}"))
         raise SystemExit(0)
     try:
         return load(cls, argv, presets)
@@ -363,7 +363,7 @@ def _number(value: Any, node: ast.expr) -> int | float:
 
 def usage(cls: type, presets: Path | None = PRESETS, prog: str = "") -> str:
     """The text of ``--help``: each key with its type, default and one line."""
-    lines = [f"usage: {prog or 'python -m nanogpt.train'} [PRESET|FILE.py] [--key=value | --key value ...]"]
+    lines = [f"usage: {prog or 'python -m nanogpt.train'} [{'PRESET|' * bool(presets)}FILE.py] [--key=value | --key value ...]"]
     if presets:
         names = sorted(path.stem for path in presets.glob("*.py"))
         lines += ["", f"Presets: {', '.join(names)}"]

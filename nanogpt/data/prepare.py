@@ -277,7 +277,7 @@ def _sync(path: Path) -> None:
 def main(argv: list[str]) -> None:
     names = [word for word in argv[:1] if not word.startswith("--")]
     if {"-h", "--help"} & set(argv):
-        print(config.usage(PrepareConfig, None, USAGE).replace("[PRESET|FILE.py] ", ""))
+        print(config.usage(PrepareConfig, None, USAGE).replace("[FILE.py] ", ""))
         print(f"\nNames: {', '.join(RECIPES)}, or any other with --input")
         return
     try:
