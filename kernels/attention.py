@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import aot, attention_hopper, configs, decode, dispatch
+from kernels import aot, attention_hopper, configs, cpu, decode, dispatch
 from kernels.dropout import check_dropout, draw_seed
 from kernels.triton_compat import TensorDescriptor, tl, triton
 
@@ -372,8 +372,11 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0, scale: fl
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     if scale <= 0.0:
         raise ValueError(f"scale={scale}: expected a positive number")
-    if dispatch.choose("attention", qkv.device.type) == "torch":
+    backend = dispatch.choose("attention", qkv.device.type)
+    if backend == "torch" or (backend == "cpp" and dropout_p):  # csrc has no dropout inside attention
         return causal_attention_ref(qkv, n_head, dropout_p, scale)
+    if backend == "cpp":
+        return cpu.attention(qkv, n_head, scale)
     if D > MAX_HEAD_SIZE or qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"head size {D}, {qkv.dtype}: the Triton attention takes head sizes up to {MAX_HEAD_SIZE} in fp32, fp16 or bf16; "

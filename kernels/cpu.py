@@ -31,15 +31,20 @@ class _LayerNorm(Function):
         return dx, dx if ctx.has_residual else None, dw, db if ctx.has_bias else None, None
 
 
+def _fp32(parameter: Tensor | None) -> Tensor | None:
+    """As the kernels take it; mixed precision of PyTorch's own, such as FSDP2's, hands over 16-bit parameters."""
+    return None if parameter is None else parameter.float()
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return _LayerNorm.apply(x.contiguous(), None, weight, bias, eps)
+    return _LayerNorm.apply(x.contiguous(), None, _fp32(weight), _fp32(bias), eps)
 
 
 def layer_norm_residual(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     x = F.dropout(x, dropout_p) if dropout_p else x
-    return _LayerNorm.apply(x.contiguous(), residual.contiguous(), weight, bias, eps)
+    return _LayerNorm.apply(x.contiguous(), residual.contiguous(), _fp32(weight), _fp32(bias), eps)
 
 
 class _GeluMlp(Function):
@@ -51,24 +56,25 @@ class _GeluMlp(Function):
         post = x @ s_fc.t()  # (M, N), the argument until the next line
         derivative = _ops.gelu_(post, b_fc, tanh, any(ctx.needs_input_grad))
         ctx.save_for_backward(x, post, derivative, s_fc, s_proj)
-        ctx.has_bias = b_fc is not None, b_proj is not None
+        ctx.dtypes = [None if p is None else p.dtype for p in (w_fc, b_fc, w_proj, b_proj)]
         return F.linear(post, s_proj, s_b_proj)
 
     @staticmethod
     def backward(ctx, dy):
         x, post, derivative, w_fc, w_proj = ctx.saved_tensors
         dy = dy.contiguous()
-        dw_proj = mm_fp32(dy.t(), post)
-        db_proj = dy.sum(0, dtype=torch.float32) if ctx.has_bias[1] else None
         dpre = dy @ w_proj
-        db_fc = _ops.gelu_backward_(dpre, derivative, ctx.has_bias[0])
+        db_fc = _ops.gelu_backward_(dpre, derivative, ctx.dtypes[1] is not None)
         dx = dpre @ w_fc if ctx.needs_input_grad[0] else None
-        return dx, mm_fp32(dpre.t(), x), db_fc if ctx.has_bias[0] else None, dw_proj, db_proj, None, None
+        dw_fc, dw_proj = mm_fp32(dpre.t(), x), mm_fp32(dy.t(), post)
+        db_proj = None if ctx.dtypes[3] is None else dy.sum(0, dtype=torch.float32)
+        gradients = (dw_fc, db_fc, dw_proj, db_proj)
+        return dx, *(None if t is None else g.to(t) for g, t in zip(gradients, ctx.dtypes)), None, None
 
 
 def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, tanh: bool) -> Tensor:
     shadows = [None if p is None else shadow(p, x.dtype) for p in (w_fc, w_proj, b_proj)]
-    y = _GeluMlp.apply(x.reshape(-1, x.shape[-1]), w_fc, b_fc, w_proj, b_proj, tanh, shadows)
+    y = _GeluMlp.apply(x.reshape(-1, x.shape[-1]), w_fc, _fp32(b_fc), w_proj, b_proj, tanh, shadows)
     return y.view(*x.shape[:-1], w_proj.shape[0])
 
 

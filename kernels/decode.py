@@ -116,7 +116,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"q, k_cache, v_cache of dtypes {q.dtype}, {k_cache.dtype}, {v_cache.dtype}: expected one dtype")
     scale = 1.0 / math.sqrt(D) if scale is None else scale
-    if dispatch.choose("attention", q.device.type) == "torch":
+    if dispatch.choose("attention", q.device.type) != "triton":
         return decode_attention_ref(q, k_cache, v_cache, length, scale)
     return attention_decode(q, k_cache, v_cache, length, scale)
 

@@ -16,7 +16,7 @@ BACKENDS = ("triton", "cuda", "cpp", "torch")
 
 # What `auto` prefers, first to last; the first that is available wins. A backend that an op does not have is not named.
 PREFERENCE = {
-    "attention": ("triton", "torch"),
+    "attention": ("triton", "cpp", "torch"),
     "layer_norm": ("triton", "cpp", "torch"),
     "gelu_mlp": ("triton", "cpp", "torch"),
     # H100, 16,384 rows of 50,304 in bf16: cuda 1.22 ms (90% of a copy's bandwidth), triton 1.44 ms.

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 LIBRARIES = {"cpp": "nanogpt_cpu", "cuda": "nanogpt_cuda"}
 # Ops that each library implements: what `unavailable` answers for.
 OPS = {
-    "cpp": ("adamw", "grad_norm", "cross_entropy"),
+    "cpp": ("adamw", "grad_norm", "cross_entropy", "layer_norm", "gelu_mlp", "attention"),
     "cuda": ("adamw", "grad_norm", "cross_entropy"),
 }
 BUILD = "python setup.py build_ext --inplace"

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import configs, dispatch
+from kernels import configs, cpu, dispatch
 from kernels.dropout import check_dropout, draw_seed, dropout_factor
 from kernels.triton_compat import tl, triton
 
@@ -322,8 +322,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         ValueError: for shapes that do not fit together or more than 8192 channels.
     """
     _check(x, weight, bias)
-    if dispatch.choose("layer_norm", x.device.type) == "torch":
+    backend = dispatch.choose("layer_norm", x.device.type)
+    if backend == "torch":
         return layer_norm_ref(x, weight, bias, eps)
+    if backend == "cpp":
+        return cpu.layer_norm(x, weight, bias, eps)
     return _layer_norm_fwd(x.reshape(-1, x.shape[-1]), weight, bias, eps)[0].view(x.shape)
 
 
@@ -351,8 +354,11 @@ def layer_norm_residual(
     if residual.shape != x.shape or residual.dtype != x.dtype:
         stream = f"{tuple(residual.shape)} {residual.dtype}"
         raise ValueError(f"layer_norm_residual: x is {tuple(x.shape)} {x.dtype}, the residual stream {stream}")
-    if dispatch.choose("layer_norm", x.device.type) == "torch":
+    backend = dispatch.choose("layer_norm", x.device.type)
+    if backend == "torch":
         return layer_norm_residual_ref(x, residual, weight, bias, eps, dropout_p)
+    if backend == "cpp":
+        return cpu.layer_norm_residual(x, residual, weight, bias, eps, dropout_p)
     flat = (-1, x.shape[-1])
     seed = draw_seed(x.device, dropout_p)
     y, r, _ = _layer_norm_residual_fwd(x.reshape(flat), residual.reshape(flat), weight, bias, seed, eps, dropout_p)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import configs, dispatch, gelu
+from kernels import configs, cpu, dispatch, gelu
 from kernels.gelu import gelu_and_slope_of, gelu_of
 from kernels.linear import linear_ref, mm_fp32, shadow
 from kernels.triton_compat import TensorDescriptor, tl, triton
@@ -322,8 +322,11 @@ def gelu_mlp(
         raise ValueError(f"approximate={approximate!r}: expected one of {', '.join(APPROXIMATE)}")
     if x.shape[-1] != w_fc.shape[1] or w_fc.shape[0] != w_proj.shape[1]:
         raise ValueError(f"x {tuple(x.shape)}, w_fc {tuple(w_fc.shape)}, w_proj {tuple(w_proj.shape)} do not chain")
-    if dispatch.choose("gelu_mlp", x.device.type) == "torch":
+    backend = dispatch.choose("gelu_mlp", x.device.type)
+    if backend == "torch":
         return gelu_mlp_ref(x, w_fc, b_fc, w_proj, b_proj, approximate)
+    if backend == "cpp":
+        return cpu.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, approximate == "tanh")
     parameters = (w_fc, b_fc, w_proj, b_proj)
     shadows = [None if p is None else shadow(p, x.dtype) for p in parameters]
     with_slope = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
