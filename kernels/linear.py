@@ -10,6 +10,7 @@ M rows (B*T), K inputs, N outputs. FLOPs: 2MNK forward, 4MNK backward.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kernels import dispatch
 
@@ -18,7 +19,7 @@ def shadow(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """The copy of a parameter in ``dtype``, brought up to date if the parameter was changed by other means than our AdamW.
 
     The parameter itself where it already has that dtype. Outside of ``torch.compile`` a changed parameter is noticed by its
-    version counter, so any optimizer and ``load_state_dict`` are safe.
+    version counter, and after a step of any optimizer of PyTorch's. Writes through ``parameter.data`` go unnoticed.
     """
     if parameter.dtype == dtype:
         return parameter.detach()
@@ -35,6 +36,18 @@ def shadow(parameter: Tensor, dtype: torch.dtype) -> Tensor:
                 copy.copy_(parameter)
         parameter.shadow_version = parameter._version
     return parameter.shadow
+
+
+def _outdate(optimizer: torch.optim.Optimizer, *_) -> None:
+    """After a step: PyTorch's fused optimizers write parameters without advancing their version counters."""
+    if not getattr(optimizer, "writes_shadows", False):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if hasattr(p, "shadow"):
+                    p.shadow_version = -1
+
+
+register_optimizer_step_post_hook(_outdate)
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -57,6 +57,8 @@ class AdamW(torch.optim.Optimizer):
             the next backward's own tensors take their place, and a pass that adds to zeros is saved.
     """
 
+    writes_shadows = True  # `kernels.linear` need not make them anew
+
     def __init__(
         self,
         groups: tuple[Iterable[Tensor], Iterable[Tensor]],

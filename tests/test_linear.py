@@ -145,3 +145,13 @@ def test_mm_fp32():
     a, b = torch.randn(5, 300).half(), torch.randn(300, 7).half()
     assert mm_fp32(a, b).dtype == torch.float32
     torch.testing.assert_close(mm_fp32(a, b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_of_any_optimizer_outdates_the_shadow(fused):
+    p = torch.nn.Parameter(torch.randn(4, 4))
+    before = shadow(p, torch.bfloat16).clone()
+    p.grad = torch.randn(4, 4)
+    torch.optim.AdamW([p], lr=0.5, fused=fused).step()
+    assert torch.equal(shadow(p, torch.bfloat16), p.detach().bfloat16())
+    assert not torch.equal(shadow(p, torch.bfloat16), before)
