@@ -9,6 +9,7 @@ and commit it is of.
 import argparse
 import csv
 import functools
+import importlib.util
 import os
 import platform
 import subprocess
@@ -125,6 +126,9 @@ class Bench:
     """
 
     def __init__(self, op: str, args: argparse.Namespace):
+        if args.plot and importlib.util.find_spec("matplotlib") is None:  # before measuring, not after
+            print("--plot: matplotlib is not installed; pip install matplotlib", file=sys.stderr)
+            raise SystemExit(2)
         self.op, self.args, self.device = op, args, args.device
         self.gpu = args.device.startswith("cuda")
         if self.gpu:

@@ -388,3 +388,13 @@ def test_tuner_drops_wrong_candidates(tmp_path, monkeypatch, capsys):
     assert chosen["BLOCK_V"] != 512
     before["sm_80"]["cross_entropy"].pop("small")
     assert after == before
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_measuring(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    args = common.parser("").parse_args(["--device", "cpu", "--plot", "--out", str(tmp_path / "rows")])
+    with pytest.raises(SystemExit) as stop:
+        common.Bench("optimizer", args)
+    assert stop.value.code == 2
+    assert "matplotlib is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "rows").exists()
