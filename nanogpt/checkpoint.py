@@ -3,7 +3,7 @@
 ``OUT/step-N`` holds the state after N updates: model.safetensors, optim.safetensors, state.json, and manifest.json with size
 and sha256 of each of them and of each tensor. It is written under a temporary name, every file and the directory forced to
 disk, the manifest last, and then renamed: a directory called step-N is complete unless its storage damaged it later, which the
-manifest reveals. No pickle anywhere.
+manifest reveals. No pickle anywhere. When a run saves, and what it keeps, is in ``saver``.
 """
 
 import hashlib
@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def save(out_dir: Path, step: int, model: dict[str, Tensor], optim: dict[str, Te
     partial = out_dir / f".partial-step-{step}"
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": {}, "tensors": {}}
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(out_dir)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for name, tensors in ((MODEL, model), (OPTIM, optim)):
@@ -115,6 +116,14 @@ def _write(path: Path, chunks: Iterable[memoryview | bytes]) -> dict:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
+def make_directory(path: Path) -> None:
+    """Makes a directory and those above it, each entered in its parent on the disk."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
+
+
 def _sync(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -141,47 +150,9 @@ def tidy(out_dir: Path) -> None:
                 log.warning("%s: not removed: %s", path, error.strerror)
 
 
-def remove(out_dir: Path, step: int) -> None:
-    """Takes a checkpoint away under its name first, so that no half of it is ever taken for a whole one."""
-    path, discarded = out_dir / f"step-{step}", out_dir / f".discarded-step-{step}"
-    try:
-        path.rename(discarded)
-    except OSError as error:
-        log.warning("%s: not removed: %s", path, error.strerror)
-        return
-    tidy(out_dir)
-
-
-def abandon(out_dir: Path, after: int) -> None:
-    """Renames the checkpoints beyond a step from which the run is to take another course, so that none is resumed from."""
-    for step in steps(out_dir):
-        if step > after:
-            aside = out_dir / f"abandoned-step-{step}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (out_dir / f"step-{step}").rename(aside)
-
-
-def prune(out_dir: Path, keep: int) -> None:
-    """Keeps the newest ``keep`` whole checkpoints, the one with the lowest validation loss, and final ones.
-
-    One that is visibly damaged neither counts nor is removed.
-    """
-    whole = {}
-    for step in steps(out_dir):
-        try:
-            _check_sizes(out_dir / f"step-{step}")
-            whole[step] = read_state(out_dir / f"step-{step}")
-        except ValueError as error:
-            log.warning("%s", error)
-    keepers = set(sorted(whole)[-keep:]) | {step for step, state in whole.items() if state.get("final")}
-    keepers |= set(_by_loss(whole)[:1])
-    for step in whole.keys() - keepers:
-        remove(out_dir, step)
-
-
-def _by_loss(states: dict[int, dict]) -> list[int]:
+def by_loss(states: dict[int, dict]) -> list[int]:
     """Steps that were evaluated, lowest validation loss first."""
-    known = {step: state["val_loss"] for step, state in states.items() if state.get("val_loss") is not None}
+    known = {step: loss for step, state in states.items() if isinstance(loss := state.get("val_loss"), float)}
     return sorted(known, key=lambda step: (known[step], -step))
 
 
@@ -200,7 +171,7 @@ def verify(path: Path) -> None:
     Raises:
         ValueError: naming the file, and the tensor, that is missing, cut short, altered or unreadable.
     """
-    manifest = _check_sizes(path)
+    manifest = check_sizes(path)
     for name in FILES:
         try:
             with open(path / name, "rb") as file:
@@ -211,21 +182,31 @@ def verify(path: Path) -> None:
             raise ValueError(f"{path / name}: {_altered(path / name, manifest['tensors'].get(name, {}))}")
 
 
-def _check_sizes(path: Path) -> dict:
-    """The manifest of a checkpoint whose files are all there in their sizes."""
+def check_sizes(path: Path) -> dict:
+    """The manifest of a checkpoint whose files are all there in their sizes; ValueError naming what is not."""
+    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+        raise ValueError(f"{path}: a link that leads out of {path.parent}")
     manifest = _read_json(path / MANIFEST)
     if manifest.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{path / MANIFEST}: format {manifest['format']}, this release reads {FORMAT}")
     if manifest.pop("sha256", None) != _digest(manifest):
         raise ValueError(f"{path / MANIFEST}: its content was altered")
-    if f"step-{manifest['step']}" != path.name:
-        raise ValueError(f"{path / MANIFEST}: of step {manifest['step']}")
-    sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
-    for name, size in sizes.items():
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name}: missing")
-        if (path / name).stat().st_size != size:
-            raise ValueError(f"{path / name}: {(path / name).stat().st_size} bytes, {size} were written")
+    if f"step-{manifest.get('step')}" != path.name:
+        raise ValueError(f"{path / MANIFEST}: of step {manifest.get('step')}")
+    files, tensors = manifest.get("files"), manifest.get("tensors")
+    if not isinstance(files, dict) or files.keys() != set(FILES):  # no other name, so none that leads elsewhere
+        raise ValueError(f"{path / MANIFEST}: its files are {files!r:.200}, not {', '.join(FILES)}")
+    if not isinstance(tensors, dict) or not all(isinstance(entries, dict) for entries in tensors.values()):
+        raise ValueError(f"{path / MANIFEST}: its tensors are not listed by file and name")
+    for entry in [*files.values(), *(entry for entries in tensors.values() for entry in entries.values())]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            raise ValueError(f"{path / MANIFEST}: an entry without sha256: {entry!r:.200}")
+    for name in FILES:
+        file, size = path / name, files[name].get("size")
+        if file.is_symlink() or not file.is_file():
+            raise ValueError(f"{file}: {'a link, not a file' if file.is_symlink() else 'missing'}")
+        if file.stat().st_size != size:
+            raise ValueError(f"{file}: {file.stat().st_size} bytes, {size} were written")
     return manifest
 
 
@@ -264,6 +245,15 @@ def read_state(path: Path) -> dict[str, Any]:
     return _read_json(path / STATE)
 
 
+def run_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint that a run can continue from; ValueError naming what it lacks."""
+    state = read_state(path)
+    for key, kind in {"iter": int, "evaluated": int, "final": bool, "config": dict, "loader": dict, "rng": list}.items():
+        if type(state.get(key)) is not kind:
+            raise ValueError(f"{path / STATE}: {key} is {state.get(key)!r:.200}, not of type {kind.__name__}")
+    return state
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
@@ -296,7 +286,7 @@ def find(out_dir: Path, step: int = 0, best: bool = False) -> Path:
         return out_dir / f"step-{step}"
     order = found[::-1]
     if best:
-        order = list(dict.fromkeys(_by_loss({n: s for n in found if (s := _state_or_none(out_dir / f"step-{n}"))}) + order))
+        order = list(dict.fromkeys(by_loss({n: s for n in found if (s := _state_or_none(out_dir / f"step-{n}"))}) + order))
     for candidate in order:
         path = out_dir / f"step-{candidate}"
         try:
@@ -352,12 +342,35 @@ def restore_optim(
 
 @torch.no_grad()
 def _restore(into: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
-    for name in into.keys() ^ tensors.keys():
-        raise ValueError(f"{source}: tensor {name} is {'missing' if name in into else 'none of this model'}")
+    differ = [f"tensor {name} is missing" for name in into if name not in tensors]
+    differ += [f"tensor {name} is none of this model" for name in tensors if name not in into]
+    for name in into.keys() & tensors.keys():
+        shape, wanted = tuple(tensors[name].shape), tuple(into[name].shape)
+        if shape != wanted:
+            differ.append(f"tensor {name} has shape {shape}, the model {wanted}")
+    if differ:
+        rest = f"; and {len(differ) - 8} more" if len(differ) > 8 else ""
+        raise ValueError(f"{source}: {'; '.join(sorted(differ)[:8])}{rest}")
     for name, t in into.items():
-        if t.shape != tensors[name].shape:
-            raise ValueError(f"{source}: tensor {name} has shape {tuple(tensors[name].shape)}, the model {tuple(t.shape)}")
         t.copy_(tensors[name])
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], ignore: Collection[str] = ()) -> list[str]:
+    """``KEY was A and is B`` for every field in which two descriptions differ; fields that only one has are named as well."""
+    fields = [key for key in before | now if key not in ignore and before.get(key) != now.get(key)]
+    return [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in fields]
+
+
+def model_config(state: dict[str, Any], source: Path) -> GPTConfig:
+    """The shape of the network from a checkpoint's state.json; ValueError naming what it lacks or has too much."""
+    shape = state.get("model")
+    names = {f.name for f in fields(GPTConfig)}
+    if not isinstance(shape, dict) or not shape.keys() <= names:
+        raise ValueError(f"{source / STATE}: model is {shape!r:.300}, not values of {', '.join(sorted(names))}")
+    try:
+        return GPTConfig(**shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source / STATE}: model: {error}") from error
 
 
 def load_model(path: Path | str, device: torch.device | str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
@@ -382,6 +395,6 @@ def load_model(path: Path | str, device: torch.device | str, dtype: torch.dtype)
     else:
         path = find(path, best=True)
     state = read_state(path)
-    model = GPT(GPTConfig(**state["model"]), dtype).to(device)
+    model = GPT(model_config(state, path), dtype).to(device)
     restore_model(model, load_tensors(path / MODEL), path / MODEL)
     return model.eval(), state

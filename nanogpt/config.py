@@ -71,6 +71,8 @@ class TrainConfig:
     overwrite: bool = key(False, "from scratch: delete the checkpoints that out_dir holds")
     keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best and the final one (at least 2)")
     checkpoint_minutes: float = key(10.0, "also save whenever this much time has passed (0: never)")
+    async_save: bool = key(True, "save in a thread, from a copy in host memory (12 bytes a parameter)")
+    allow_data_change: bool = key(False, "resume on other data or another order of it, which is read from its beginning")
 
     wandb_log: bool = key(False, "log to Weights & Biases", "Tracking")
     wandb_project: str = key("owt", "its project")
@@ -159,6 +161,26 @@ class TrainConfig:
             message = f"is more than {name}={limit}, so learning_rate is never reached; set --warmup_iters too"
             require("warmup_iters", self.warmup_iters <= limit, message)
             require("min_lr", self.min_lr <= self.learning_rate, f"is more than learning_rate={self.learning_rate}")
+
+
+def check_data(config: TrainConfig) -> None:
+    """Ends the program where the dataset is not there, damaged, or too short for block_size; imports no torch.
+
+    Only what this takes milliseconds to see: headers and sizes. A resumed run has its block_size from the checkpoint.
+    """
+    from nanogpt.data import find
+    from nanogpt.data.shards import open_dataset
+
+    try:
+        shards = open_dataset(find(config.dataset)).shards("train")
+        longest = max(shard.count for shard in shards)
+        if config.init_from == "scratch" and not config.resume and longest <= config.block_size:
+            raise ValueError(
+                f"block_size={config.block_size} needs {config.block_size + 1} tokens in a row, not {longest} "
+                f"({shards[0].path.parent})"
+            )
+    except ValueError as error:
+        fail(error, "train")
 
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, presets: Path | None = PRESETS, prog: str = "") -> T:

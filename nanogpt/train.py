@@ -14,11 +14,13 @@ import random
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from nanogpt.config import TrainConfig, fail, parse
+from nanogpt.config import TrainConfig, check_data, fail, parse
 
-if __name__ == "__main__":
-    CONFIG = parse(TrainConfig, prog="train")  # ahead of the heavy imports, so that a mistake is answered at once
+if __name__ == "__main__":  # ahead of the heavy imports, so that a mistake is answered at once
+    CONFIG = parse(TrainConfig, prog="train")
+    check_data(CONFIG)
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from nanogpt.data.loader import Loader, eval_batches
 from nanogpt.data.shards import SPLITS, open_dataset
 from nanogpt.model import GPT
 from nanogpt.optim import AdamW, LossScale, learning_rate
+from nanogpt.saver import Lock, Saver, abandon, clear
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "gelu")
 
@@ -49,6 +52,8 @@ class Run:
     wrapped: nn.Module  # what trains: the former, in DDP where there are several processes
     optimizer: AdamW
     loss_scale: LossScale | None  # fp16 only
+    saver: Saver
+    lock: Lock | None  # of out_dir, in the main process where it writes there
     it: int = 0  # updates done
     evaluated: int = -1  # the `it` of the last evaluation
     val_loss: float = math.nan  # of the last evaluation
@@ -63,6 +68,12 @@ class Run:
     @property
     def tokens_per_update(self) -> int:
         return self.config.gradient_accumulation_steps * self.config.batch_size * self.config.block_size
+
+    def dataset(self) -> dict[str, Any]:
+        """What the training data is known by, besides the loader's digest of its content."""
+        shards = self.loader.shards
+        sizes = {"shards": len(shards), "tokens": sum(shard.count for shard in shards), "dtype": shards[0].dtype.name}
+        return {"vocab_size": self.loader.vocab_size, **sizes}
 
 
 def setup(config: TrainConfig) -> Run:
@@ -80,10 +91,12 @@ def setup(config: TrainConfig) -> Run:
         torch.set_float32_matmul_precision("high")  # TF32
     dtype = distributed.pick_dtype(config.dtype, world.device)
 
+    lock = take_out_dir(config, world)
     path = starting_checkpoint(config, world)
-    state = checkpoint.read_state(path) if path else {}
+    state = checkpoint.run_state(path) if path else {}
     if path:  # the shape of the network comes from the checkpoint
-        config = replace(config, **{key: state["model"][key] for key in SHAPE})
+        saved = checkpoint.model_config(state, path)
+        config = replace(config, **{key: getattr(saved, key) for key in SHAPE})
 
     seed = config.seed + world.rank
     random.seed(seed)
@@ -115,7 +128,8 @@ def setup(config: TrainConfig) -> Run:
     loss_scale = LossScale(world.device) if dtype == torch.float16 else None
     compiled = torch.compile(model) if config.compile else model
     wrapped = distributed.wrap(compiled, world, dtype)
-    run = Run(config, world, data_dir, loader, model, compiled, wrapped, optimizer, loss_scale)
+    saver = Saver(Path(config.out_dir), config.keep_checkpoints, config.async_save)
+    run = Run(config, world, data_dir, loader, model, compiled, wrapped, optimizer, loss_scale, saver, lock)
     if path:
         restore(run, path, state)
     if config.compile and dtype != torch.float32:
@@ -126,12 +140,24 @@ def setup(config: TrainConfig) -> Run:
     return run
 
 
+def take_out_dir(config: TrainConfig, world: distributed.World) -> Lock | None:
+    """Locks the output directory and puts it in order; ValueError on all ranks where another run has it."""
+    lock = error = None
+    if world.main and not config.eval_only:
+        try:
+            lock = Lock(Path(config.out_dir))
+            checkpoint.recover(Path(config.out_dir))
+        except (ValueError, OSError) as refusal:
+            error = ValueError(str(refusal))
+    error = distributed.gather(error, world)[0]  # after which every rank sees the same steps
+    if error:
+        raise error
+    return lock
+
+
 def starting_checkpoint(config: TrainConfig, world: distributed.World) -> Path | None:
     """The verified checkpoint to continue from; None to start from scratch, in a directory that holds no other run."""
     out_dir = Path(config.out_dir)
-    if world.main:
-        checkpoint.recover(out_dir)
-    distributed.gather(None, world)  # so that every rank sees the same steps
     existing = checkpoint.steps(out_dir)
     # After a crash torchrun starts the same command again, which must then continue
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and bool(existing)
@@ -156,10 +182,13 @@ def starting_checkpoint(config: TrainConfig, world: distributed.World) -> Path |
 
 def restore(run: Run, path: Path, state: dict) -> None:
     """Puts a run into the state of a checkpoint."""
+    differ = checkpoint.differences(state["model"], asdict(run.model.config), ignore=("dropout",))
+    if differ:
+        raise ValueError(f"{path}: of another model: {'; '.join(differ)}")
     checkpoint.restore_model(run.model, checkpoint.load_tensors(path / checkpoint.MODEL), path / checkpoint.MODEL)
     tensors = checkpoint.load_tensors(path / checkpoint.OPTIM)
     checkpoint.restore_optim(run.model, run.optimizer, run.loss_scale, tensors, path / checkpoint.OPTIM)
-    run.loader.load_state(state["loader"])
+    restore_data(run, path, state)
     run.it, run.evaluated = state["iter"], state["evaluated"]
     run.val_loss = math.nan if state["val_loss"] is None else state["val_loss"]
     run.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
@@ -176,8 +205,31 @@ def restore(run: Run, path: Path, state: dict) -> None:
         print(f"resuming from {path}" + (f"; changed: {', '.join(changed)}" if changed else ""), flush=True)
 
 
+def restore_data(run: Run, path: Path, state: dict) -> None:
+    """Continues the data order of a checkpoint, if the data is the same; anew from its beginning where the user allows another.
+
+    Raises:
+        ValueError: naming every field in which the data, or the order, differs.
+    """
+    now = run.dataset()
+    differ = checkpoint.differences(state.get("dataset", now), now)
+    differ += checkpoint.differences(state["loader"], run.loader.state(), ignore=("position",))
+    if not differ:
+        run.loader.load_state(state["loader"])
+    elif not run.config.allow_data_change:
+        raise ValueError(
+            f"{path}: the data order cannot be continued: {'; '.join(differ)}; --allow_data_change=True begins the new one"
+        )
+    elif run.world.main:
+        print(f"another data order, from its beginning: {'; '.join(differ)}", flush=True)
+
+
 def save(run: Run, status: str) -> bool:
-    """Writes OUT/step-N; all ranks take part, the main one writes. False where that failed: earlier ones are intact."""
+    """Saves OUT/step-N, in the background while the run goes on; all ranks take part, the main one writes.
+
+    Returns:
+        False where that failed: earlier checkpoints are intact. A failure in the background shows at a later step.
+    """
     rng = distributed.gather(distributed.rng_state(run.world.device), run.world)
     if not run.world.main:
         return True
@@ -192,19 +244,14 @@ def save(run: Run, status: str) -> bool:
         "config": asdict(run.config),
         "model": asdict(run.model.config),
         "loader": run.loader.state(),
+        "dataset": run.dataset(),
         "data_dir": str(run.data_dir.absolute()),
         "rng": rng,
         "torch": torch.__version__,
         "time": time.time(),
     }
     optim = checkpoint.optim_tensors(run.model, run.optimizer, run.loss_scale)
-    try:
-        checkpoint.save(run.out_dir, run.it, checkpoint.model_tensors(run.model), optim, state)
-    except OSError as error:
-        checkpoint.log.warning("checkpoint not written: %s", error)
-        return False
-    checkpoint.prune(run.out_dir, run.config.keep_checkpoints)
-    return True
+    return run.saver.save(run.it, checkpoint.model_tensors(run.model), optim, state, wait=status != "running")
 
 
 @torch.no_grad()
@@ -291,6 +338,7 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) 
             mean_loss += loss.detach()
         norm = optimizer.step(config.grad_clip, loss_scale)
         run.it += 1
+        run.saver.poll()
 
         if stop:
             votes[0] = 1
@@ -350,10 +398,9 @@ def main(config: TrainConfig) -> int:
             if not config.eval_only:
                 checkpoint.tidy(run.out_dir)
                 if config.overwrite and not run.resumed:  # only now that the rest of the command has proved right
-                    for step in checkpoint.steps(run.out_dir):
-                        checkpoint.remove(run.out_dir, step)
+                    clear(run.out_dir)
                 elif config.resume:
-                    checkpoint.abandon(run.out_dir, run.it)
+                    abandon(run.out_dir, run.it)
                 tokenizer.save_beside(run.data_dir, run.out_dir)
                 monitor.write_status(run.out_dir, run.it, "running")
     except (ValueError, OSError) as error:
@@ -362,12 +409,15 @@ def main(config: TrainConfig) -> int:
     try:
         state = train(run, log, stop)
     finally:
+        run.saver.close()
         if log:
             if not config.eval_only:
                 monitor.write_status(run.out_dir, run.it, state)
             log.print(f"{state} after {run.it} updates; {run.out_dir}")
             log.close(run.it, state)
     run.loader.close()
+    if run.lock:
+        run.lock.release()
     distributed.shutdown()
     return 1 if state == "failed" else 0
 

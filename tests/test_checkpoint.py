@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanogpt import checkpoint
+from nanogpt import checkpoint, saver
 from nanogpt.checkpoint import FILES, MANIFEST, MODEL, OPTIM, STATE
 from nanogpt.optim import AdamW, LossScale
 
@@ -154,7 +154,7 @@ def test_r04_nothing_readable_is_an_error(tmp_path):
 def test_r05_keeps_the_newest_the_best_and_the_final(tmp_path):
     for step, val_loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5), (6, None), (7, 2.2)):
         save(tmp_path, step, val_loss, final=step == 3)
-        checkpoint.prune(tmp_path, keep=2)
+        saver.prune(tmp_path, keep=2)
     assert checkpoint.steps(tmp_path) == [2, 3, 6, 7]
     assert checkpoint.find(tmp_path).name == "step-7"
     assert checkpoint.find(tmp_path, best=True).name == "step-2"
@@ -165,7 +165,7 @@ def test_r05_a_damaged_checkpoint_does_not_count(tmp_path, caplog):
         save(tmp_path, step)
     damage_truncate(tmp_path / "step-4")
     damage_missing(tmp_path / "step-3")
-    checkpoint.prune(tmp_path, keep=2)
+    saver.prune(tmp_path, keep=2)
     assert checkpoint.steps(tmp_path) == [1, 2, 3, 4]
     assert "step-4/optim.safetensors: 100 bytes" in caplog.text
 
@@ -176,8 +176,8 @@ def test_r05_a_failed_delete_only_warns(tmp_path, caplog, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
-    checkpoint.remove(tmp_path, 1)
+    monkeypatch.setattr(saver.shutil, "rmtree", refuse)
+    saver.remove(tmp_path, 1)
     assert "not removed: Permission denied" in caplog.text
     assert checkpoint.steps(tmp_path) == []
 
@@ -230,7 +230,7 @@ def test_r06_a_failed_write_leaves_the_earlier_one(tmp_path):
     code = """
 import resource, signal, sys, torch
 from pathlib import Path
-from nanogpt import checkpoint
+from nanogpt import checkpoint, saver
 checkpoint.save(Path(sys.argv[1]), 1, {"w": torch.zeros(100)}, {"m": torch.zeros(100)}, {})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

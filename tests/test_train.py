@@ -342,14 +342,22 @@ def test_resume_from_an_earlier_step_abandons_the_later_ones(data, tmp_path):
     assert losses(tmp_path) == reference[:11]
 
 
-def test_resume_on_other_data_is_refused(data, tmp_path, capsys):
+def test_r11_resume_on_other_data_is_refused(data, tmp_path, capsys):
     run(data, tmp_path / "out")
     other = tmp_path / "other"
     other.mkdir()
     np.arange(9000, dtype=np.uint16).__mod__(32).tofile(other / "train.bin")
     (other / "dataset.json").write_text('{"vocab_size": 32}')
     capsys.readouterr()
-    assert "the data order cannot be continued: fingerprint was" in mistake(capsys, other, tmp_path / "out", init_from="resume")
+    error = mistake(capsys, other, tmp_path / "out", init_from="resume")
+    assert "the data order cannot be continued: tokens was 20000 and is 9000; fingerprint was" in error
+    assert run(other, tmp_path / "out", init_from="resume", max_iters=14, allow_data_change=True) == 0
+    assert "another data order, from its beginning: tokens was 20000 and is 9000" in capsys.readouterr().out
+    state = checkpoint.read_state(checkpoint.find(tmp_path / "out"))
+    assert (state["iter"], state["loader"]["position"]) == (14, 2 * 8)
+    keys = {"init_from": "resume", "max_iters": 15, "allow_data_change": True}
+    assert run(other, tmp_path / "out", **keys) == 0  # the same data by now: it goes on
+    assert checkpoint.read_state(checkpoint.find(tmp_path / "out"))["loader"]["position"] == 3 * 8
 
 
 @pytest.mark.parametrize(
@@ -397,7 +405,7 @@ def test_only_a_new_best_is_saved_where_asked(data, tmp_path):
     assert checkpoint.steps(tmp_path) == expected
 
 
-def test_saves_by_the_clock(data, tmp_path):
+def test_r09_saves_by_the_clock(data, tmp_path):
     run(data, tmp_path, eval_interval=100, checkpoint_minutes=1e-9, keep_checkpoints=9, max_iters=4)
     assert checkpoint.steps(tmp_path) == [1, 2, 3, 4]
 
