@@ -1,14 +1,17 @@
-"""Autoregressive decoding with a KV cache.
+"""Autoregressive decoding with a KV cache: tokens (:func:`stream`), and the text that they make (:func:`write`).
 
 B batch, T tokens so far, V vocabulary.
 """
 
-from collections.abc import Callable
+import codecs
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
 
 from nanogpt.model import GPT
+from nanogpt.tokenizer import Tokenizer
 
 
 def choose(
@@ -22,7 +25,7 @@ def choose(
 
     Args:
         logits: (B, V) of any float dtype.
-        temperature: divides the logits; 0 takes the largest.
+        temperature: divides the logits; 0 takes the largest, and so does all below 1e-5, where fp32 would overflow.
         top_k: only the k likeliest tokens (ties with the k-th included).
         top_p: then only the likeliest tokens that together reach this probability (Holtzman et al., arXiv 1904.09751).
         generator: of the random numbers; None: the device's default.
@@ -30,7 +33,7 @@ def choose(
     Returns:
         (B,) int64.
     """
-    if temperature == 0:
+    if temperature < 1e-5:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -45,7 +48,7 @@ def choose(
 
 
 @torch.no_grad()
-def generate(
+def stream(
     model: GPT,
     idx: Tensor,
     max_new_tokens: int,
@@ -53,34 +56,30 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop: int | None = None,
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
-    on_tokens: Callable[[list[int]], None] | None = None,
     use_cache: bool = True,
-) -> Tensor:
-    """Continues each row of idx.
+) -> Iterator[Tensor]:
+    """Continues each row of idx, step by step; whoever leaves the loop ends the generation and frees its cache.
 
     While the text fits into the model's block_size, each step computes the new token only and reads the others' keys and
     values from the cache. Past it the context is the last block_size tokens, as in nanoGPT: every token's position then changes
     at every step, learned positions leave nothing of the cache valid, and each step computes the whole window.
 
     Args:
-        model: put into eval mode for the call.
+        model: in eval mode until the last step.
         idx: (B, T) int64 prompts of equal length, T >= 1.
-        max_new_tokens: tokens to add at most.
+        max_new_tokens: steps.
         temperature: see :func:`choose`, also for top_k and top_p.
-        stop: a token that ends a row; the row is filled up with it, and the call ends when all rows have ended.
         vocab_size: ids from here on (the padding of the vocabulary) are never drawn.
         generator: of the random numbers.
-        on_tokens: called with the B tokens of each step.
         use_cache: False computes the whole context at each step, for comparison.
 
-    Returns:
-        (B, T + n) int64, n <= max_new_tokens.
+    Yields:
+        (B,) int64, the tokens of a step.
 
     Raises:
-        ValueError: for an empty prompt and for sampling options out of range.
+        ValueError: at the first step, for an empty prompt and for sampling options out of range.
     """
     if idx.dim() != 2 or idx.shape[1] < 1:
         raise ValueError(f"start: the prompt has shape {tuple(idx.shape)}, expected (B, T) with T >= 1")
@@ -98,22 +97,95 @@ def generate(
         B, T = idx.shape
         block_size = model.config.block_size
         cache = model.new_cache(B, min(block_size, T + max_new_tokens)) if use_cache and block_size >= T else None
-        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if cache is not None and idx.shape[1] <= block_size:
                 logits, _ = model(idx[:, cache.length :], cache=cache)  # (B, 1, V)
             else:
                 cache = None
-                logits, _ = model(idx[:, -block_size:])
+                idx = idx[:, -block_size:]
+                logits, _ = model(idx)
             token = choose(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
-            if stop is not None:
-                token = token.masked_fill(ended, stop)
-                ended |= token == stop
+            yield token
             idx = torch.cat((idx, token[:, None]), dim=1)
-            if on_tokens is not None:
-                on_tokens(token.tolist())
-            if stop is not None and bool(ended.all()):
-                break
-        return idx
     finally:
         model.train(was_training)
+
+
+def generate(model: GPT, idx: Tensor, max_new_tokens: int, **options) -> Tensor:
+    """Continues each row of idx (B, T); arguments as for :func:`stream`. Returns (B, T + max_new_tokens) int64."""
+    steps = list(stream(model, idx, max_new_tokens, **options))
+    return torch.cat((idx, torch.stack(steps, dim=1)), dim=1) if steps else idx
+
+
+class Text:
+    """What a row of tokens says, as they come: whole characters, up to a stop.
+
+    Args:
+        encoder: the tokenizer; only its ``decode_bytes`` is used.
+        stop: texts that end the row and are no part of it. They may lie across tokens, or inside one.
+        end: a token that does the same.
+    """
+
+    def __init__(self, encoder: Tokenizer, stop: Sequence[str] = (), end: int | None = None):
+        if "" in stop:
+            raise ValueError("stop: an empty text would end the row before it begins")
+        self.encoder, self.stop, self.end = encoder, stop, end
+        self.tokens: list[int] = []  # up to the end, which is not among them
+        self.ended = False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held = ""  # the end of the text, while it may be the beginning of a stop
+
+    def put(self, token: int) -> str:
+        """Takes the next token; returns the text that is certain by it, often of earlier tokens, often none."""
+        if self.ended:
+            return ""
+        if token == self.end:
+            self.ended = True
+            return self.close()
+        self.tokens.append(token)
+        text = self.held + self.decoder.decode(self.encoder.decode_bytes([token]))
+        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:  # the one complete first counts
+            self.ended, self.held = True, ""
+            return text[: min(found)[1]]
+        keep = max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def close(self) -> str:
+        """The text held back, when no token follows. Bytes that are not yet a character are dropped."""
+        text, self.held = self.held, ""
+        return text
+
+
+def write(
+    model: GPT,
+    encoder: Tokenizer,
+    prompt: list[int],
+    rows: list[Text],
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator,
+) -> Iterator[list[str]]:
+    """Continues a prompt once per row, in one batch, until every row has ended or has max_new_tokens.
+
+    Args:
+        prompt: at least one token.
+        rows: empty texts, which take the tokens.
+        temperature: see :func:`choose`, also for top_p; top_k=0: all.
+        generator: of the random numbers, on the model's device.
+
+    Yields:
+        The new text of each row, often empty.
+    """
+    idx = torch.tensor([prompt] * len(rows), device=generator.device)
+    options = {"temperature": temperature, "top_k": top_k or None, "top_p": top_p, "vocab_size": encoder.vocab_size}
+    with closing(stream(model, idx, max_new_tokens, generator=generator, **options)) as steps:
+        for tokens in steps:
+            yield [row.put(token) for row, token in zip(rows, tokens.tolist())]
+            if all(row.ended for row in rows):
+                return
+    yield [row.close() for row in rows]

@@ -3,7 +3,6 @@
 The samples are drawn together, in one batch; the first appears as it is drawn, the others when all are done.
 """
 
-import codecs
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,32 +14,22 @@ from kernels import dispatch
 from nanogpt import checkpoint, data, tokenizer
 from nanogpt.config import fail, key, parse
 from nanogpt.distributed import pick_device, pick_dtype
-from nanogpt.generate import generate
+from nanogpt.generate import Text, write
+from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 
 RULE = "---------------"
 
 
 @dataclass
-class SampleConfig:
-    """Every key of nanoGPT's ``sample.py``, under its name, and ours."""
+class LoadConfig:
+    """Which model, and where it computes."""
 
     init_from: str = key("resume", "resume: the checkpoint in out_dir", "Model")
     out_dir: str = key("out", "a training run's directory (its best checkpoint is taken) or one checkpoint, OUT/step-N")
-
-    start: str = key("\n", "prompt; FILE:prompt.txt reads it from that file", "Sampling")
-    num_samples: int = key(10, "texts to draw")
-    max_new_tokens: int = key(500, "tokens of each")
-    temperature: float = key(0.8, "below 1: likelier tokens; above: wilder ones; 0: always the likeliest")
-    top_k: int = key(200, "only the k likeliest tokens (0: all)")
-    top_p: float = key(1.0, "only the likeliest tokens that together have this probability")
-    stop: str = key("", "text of one token, such as <|endoftext|>, that ends a sample (empty: none)")
-    seed: int = key(1337, "of the draws")
-
-    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps", "System")
+    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key("auto", "of activations and GEMMs", "", ("auto", "float32", "bfloat16", "float16"))
     kernels: str = key("auto", "backend of every op that has it", "", ("auto", "triton", "cuda", "cpp", "torch"))
-    compile: bool = key(False, "nanoGPT's; the KV cache took its place, so nothing is compiled")
 
     def check(self) -> None:
         if self.init_from.startswith("gpt2"):
@@ -49,6 +38,24 @@ class SampleConfig:
             )
         if self.init_from != "resume":
             raise ValueError(f"init_from={self.init_from}: expected resume")
+
+
+@dataclass
+class SampleConfig(LoadConfig):
+    """Every key of nanoGPT's ``sample.py``, under its name, and ours."""
+
+    start: str = key("\n", "prompt; FILE:prompt.txt reads it from that file", "Sampling")
+    num_samples: int = key(10, "texts to draw")
+    max_new_tokens: int = key(500, "tokens of each")
+    temperature: float = key(0.8, "below 1: likelier tokens; above: wilder ones; 0: always the likeliest")
+    top_k: int = key(200, "only the k likeliest tokens (0: all)")
+    top_p: float = key(1.0, "only the likeliest tokens that together have this probability")
+    stop: str = key("", "text, such as <|endoftext|>, that ends a sample and is not printed (empty: none)")
+    seed: int = key(1337, "of the draws")
+    compile: bool = key(False, "nanoGPT's; the KV cache took its place, so nothing is compiled")
+
+    def check(self) -> None:
+        super().check()
         for name, holds in (
             ("num_samples", self.num_samples >= 1),
             ("max_new_tokens", self.max_new_tokens >= 0),
@@ -59,6 +66,10 @@ class SampleConfig:
         ):
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)}: out of range")
+
+    def sampling(self) -> dict[str, float]:
+        """The options of :func:`nanogpt.generate.write` that these keys set."""
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
 
 def find_tokenizer(out_dir: Path, state: dict[str, Any]) -> Tokenizer:
@@ -90,23 +101,20 @@ def read_start(start: str) -> str:
         raise ValueError(f"start={start}: {error}") from error
 
 
-class Stream:
-    """Prints a sample as its tokens come: whole characters only, nothing after the stop token."""
+def load(config: LoadConfig) -> tuple[GPT, Tokenizer]:
+    """The model, in evaluation mode on its device, and its tokenizer.
 
-    def __init__(self, encoder: Tokenizer, stop: int | None):
-        self.encoder, self.stop, self.ended = encoder, stop, False
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def prompt(self, tokens: list[int]) -> None:
-        print(self.decoder.decode(self.encoder.decode_bytes(tokens)), end="", flush=True)
-
-    def put(self, token: int) -> None:
-        self.ended = self.ended or token == self.stop
-        if not self.ended:
-            self.prompt([token])
-
-    def close(self) -> None:
-        print(self.decoder.decode(b"", final=True) + f"\n{RULE}", flush=True)
+    Raises:
+        ValueError: for what the user can set right.
+    """
+    dispatch.use(config.kernels)
+    device = pick_device(config.device)
+    out_dir = Path(config.out_dir)
+    model, state = checkpoint.load_model(out_dir, device, pick_dtype(config.dtype, device))
+    encoder = find_tokenizer(out_dir, state)
+    if encoder.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{out_dir}: a tokenizer of {encoder.vocab_size} tokens for a model of {model.config.vocab_size}")
+    return model, encoder
 
 
 def run(config: SampleConfig) -> None:
@@ -115,42 +123,21 @@ def run(config: SampleConfig) -> None:
     Raises:
         ValueError: for what the user can set right.
     """
-    dispatch.use(config.kernels)
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    out_dir = Path(config.out_dir)
-    model, state = checkpoint.load_model(out_dir, device, dtype)
-    encoder = find_tokenizer(out_dir, state)
-    if encoder.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{out_dir}: a tokenizer of {encoder.vocab_size} tokens for a model of {model.config.vocab_size}")
-    start = encoder.encode(read_start(config.start))
-    if not start:
+    model, encoder = load(config)
+    prompt = encoder.encode(read_start(config.start))
+    if not prompt:
         raise ValueError("start=: the prompt has no token; a line end (the default) is the neutral one")
-    stop = encoder.encode(config.stop) if config.stop else [None]
-    if len(stop) != 1:
-        raise ValueError(f"stop={config.stop}: is {len(stop)} tokens, expected one")
-
-    stream = Stream(encoder, stop[0])
-    stream.prompt(start)
-    tokens = generate(
-        model,
-        torch.tensor([start] * config.num_samples, device=device),
-        config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k or None,
-        top_p=config.top_p,
-        stop=stop[0],
-        vocab_size=encoder.vocab_size,
-        generator=torch.Generator(device).manual_seed(config.seed),
-        on_tokens=lambda row: stream.put(row[0]),
-    )
-    stream.close()
-    for row in tokens[1:].tolist():
-        stream = Stream(encoder, stop[0])
-        stream.prompt(start)
-        for token in row[len(start) :]:
-            stream.put(token)
-        stream.close()
+    rows = [Text(encoder, [config.stop] if config.stop else []) for _ in range(config.num_samples)]
+    texts = [[encoder.decode(prompt)] for _ in rows]
+    print(texts[0][0], end="", flush=True)
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
+    for pieces in write(model, encoder, prompt, rows, config.max_new_tokens, generator=generator, **config.sampling()):
+        print(pieces[0], end="", flush=True)
+        for text, piece in zip(texts, pieces):
+            text.append(piece)
+    print(f"\n{RULE}", flush=True)
+    for text in texts[1:]:
+        print("".join(text), RULE, sep="\n", flush=True)
 
 
 def main(argv: list[str]) -> None:

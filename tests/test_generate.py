@@ -1,11 +1,15 @@
 """Decoding: the cache against none, the sliding window, sampling options, the stop token, and the command line."""
 
+import weakref
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanogpt import checkpoint, sample, tokenizer
 from nanogpt.config import GPTConfig
-from nanogpt.generate import choose, generate
+from nanogpt.generate import Text, choose, generate, stream
 from nanogpt.model import GPT
 from nanogpt.tokenizer import CharTokenizer
 from tests.helpers import DEVICE
@@ -67,17 +71,21 @@ def test_padded_ids_are_never_drawn(model):
     assert generate(model, idx, 8, temperature=0, vocab_size=3).max() < 3
 
 
-def test_stop_token_ends_rows(model):
+def test_stream_gives_the_tokens_of_generate_until_it_is_left(model, monkeypatch):
     idx = prompt(6, 2)
-    steps = []
-    out = generate(model, idx, 40, temperature=5.0, stop=4, on_tokens=steps.append)
-    new = out[:, 2:].tolist()
-    assert len(steps) == len(new[0]) < 40
-    assert [list(row) for row in zip(*steps)] == new
-    for row in new:
-        assert 4 in row
-        assert set(row[row.index(4) :]) == {4}
-    assert any(row.index(4) < len(row) - 1 for row in new)
+    steps = [tokens.tolist() for tokens in stream(model, idx, 20, temperature=0)]
+    assert [list(row) for row in zip(*steps)] == generate(model, idx, 20, temperature=0)[:, 2:].tolist()
+    caches = []
+    new_cache = model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda *args: caches.append(weakref.ref(c := new_cache(*args))) or c)
+    made = stream(model.train(), idx, 10**9)
+    next(made)
+    assert not model.training
+    assert caches[0]() is not None
+    assert torch.is_grad_enabled()  # between the steps the caller's mode holds
+    made.close()
+    assert model.training
+    assert caches[0]() is None
 
 
 def test_leaves_the_mode_as_it_was(model):
@@ -169,10 +177,12 @@ def test_command_reads_the_prompt_from_a_file(run_dir, capsys, tmp_path):
     assert [text[:3] for text in made] == ["déc", "déc"]
 
 
-def test_command_stops_at_the_token(run_dir, capsys):
+@pytest.mark.parametrize("stop", ["b", "ba"])
+def test_command_stops_at_the_text(run_dir, capsys, stop):
     options = (f"--out_dir={run_dir}", "--start=b", "--num_samples=20", "--max_new_tokens=60", "--temperature=9")
-    whole, cut = texts(capsys, *options), texts(capsys, *options, "--stop=b")
-    assert [text[0] + text[1:].split("b")[0] for text in whole] == cut
+    whole, cut = texts(capsys, *options), texts(capsys, *options, f"--stop={stop}")
+    assert [text[0] + text[1:].split(stop)[0] for text in whole] == cut
+    assert whole != cut
 
 
 def test_greedy_samples_are_equal(run_dir, capsys):
@@ -188,7 +198,6 @@ def test_greedy_samples_are_equal(run_dir, capsys):
         ("--start=xyz", "'x'"),
         ("--start=", "no token"),
         ("--start=FILE:none.txt", "none.txt"),
-        ("--stop=ab", "stop=ab: is 2 tokens"),
         ("--init_from=gpt2", "gpt2"),
         ("--out_dir=/nonexistent", "/nonexistent"),
     ],
@@ -210,18 +219,87 @@ def test_tokenizer_is_found_with_the_data(tmp_path):
         sample.find_tokenizer(tmp_path / "out", {"config": {"dataset": "gone"}})
 
 
-def test_characters_of_several_tokens_are_printed_whole(capsys):
-    class Bytes:
-        def decode_bytes(self, ids):
-            return bytes(ids)
+class Bytes:
+    """A token is a byte."""
 
-    stream = sample.Stream(Bytes(), stop=0)
-    shown = []
-    for byte in [*"é𝄞".encode(), 0, 65]:
-        stream.put(byte)
-        shown.append(capsys.readouterr().out)
-    assert shown == ["", "é", "", "", "", "𝄞", "", ""]
-    cut = sample.Stream(Bytes(), stop=None)
-    cut.put("é".encode()[0])
-    cut.close()
-    assert capsys.readouterr().out == f"\ufffd\n{sample.RULE}\n"
+    vocab_size = 256
+
+    def decode_bytes(self, ids):
+        return bytes(ids)
+
+
+class Pieces:
+    """A token is an index into some texts."""
+
+    def __init__(self, *pieces):
+        self.pieces = pieces
+
+    def decode_bytes(self, ids):
+        return "".join(self.pieces[i] for i in ids).encode()
+
+
+def test_characters_of_several_tokens_are_given_whole():
+    text = Text(Bytes())
+    assert [text.put(byte) for byte in "é𝄞A".encode()] == ["", "é", "", "", "", "𝄞", "A"]
+    cut = Text(Bytes())
+    assert [cut.put(byte) for byte in "aé".encode()[:2]] + [cut.close()] == ["a", "", ""]
+    wrong = Text(Bytes())
+    assert "".join(wrong.put(byte) for byte in b"a\xffb") == "a\ufffdb"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected", "ended"),
+    [
+        (["ab", "cd", "ef"], ["cd"], ["ab", ""], True),
+        (["ab", "cd", "ef"], ["bc"], ["a", ""], True),
+        (["ab", "cd", "ef"], ["bce"], ["a", "bcd", "ef"], False),
+        (["a", "a", "a", "b"], ["aab"], ["", "", "a", ""], True),  # the longest beginning of a stop is held, no more
+        (["a", "b", "a", "c"], ["abad"], ["", "", "", "abac"], False),
+        (["xabcdy"], ["abcd", "c"], ["xab"], True),  # c is complete before abcd, as it is where tokens are characters
+        (["xab", "cdy"], ["abcd", "bc"], ["x", "a"], True),
+        (["xab", "c"], ["abcd"], ["x", "", "abc"], False),  # held back to the end, then given
+        (["é", "é"], ["éé"], ["", ""], True),
+        (["ab"], [], ["ab"], False),
+    ],
+)
+def test_stop_text_across_tokens(pieces, stop, expected, ended):
+    text = Text(Pieces(*pieces), stop)
+    shown = [text.put(i) for i in range(len(expected) if ended else len(pieces))]
+    assert text.ended is ended
+    last = text.close()
+    assert shown + [last] * (len(expected) > len(shown)) == expected
+    assert last == "" or not ended
+    assert text.put(0) == "" or not ended
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.text("ab\u00e9", max_size=4), max_size=12), st.lists(st.text("ab\u00e9", min_size=1, max_size=4), max_size=3)
+)
+def test_stop_text_is_independent_of_the_tokens(pieces, stop):
+    whole = "".join(pieces)
+    ends = [(at + len(s), at) for s in stop if (at := whole.find(s)) >= 0]
+    expected = whole[: min(ends)[1]] if ends else whole
+    for cut in (pieces, list(whole), [whole]):
+        text = Text(Pieces(*cut), stop)
+        shown = ""
+        for i in range(len(cut)):
+            shown += text.put(i)
+            assert expected.startswith(shown)
+        assert shown + text.close() == expected
+        assert text.ended is bool(ends)
+
+
+def test_end_token_gives_back_what_was_held():
+    text = Text(Pieces("ab", "c", "<end>"), ["bcd"], end=2)
+    assert [text.put(i) for i in (0, 1, 2, 0)] == ["a", "", "bc", ""]
+    assert text.tokens == [0, 1]
+    assert text.ended
+    with pytest.raises(ValueError, match="stop: an empty text"):
+        Text(Bytes(), [""])
+
+
+def test_tiny_temperature_is_greedy():
+    logits = torch.tensor([[1.0, 3.0, 2.0]]).expand(50, -1)
+    for temperature in (1e-300, 1e-45, 1e-6):
+        assert set(choose(logits, temperature).tolist()) == {1}
