@@ -239,3 +239,15 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal != 0
+
+
+class StopVote:
+    """Whether any rank wants to stop, asked after each batch of what the ranks do together, equally often on each; on a GPU the
+    answer is one batch late, so that the host never waits."""
+
+    def __init__(self, stop: StopRequest, world: World):
+        self.stop, self.readback = stop, Readback(world)
+
+    def __call__(self) -> bool:
+        wanted = torch.full((1,), float(bool(self.stop)), device=self.readback.world.device)
+        return any(share > 0 for _, (share,) in self.readback.push(0, wanted))

@@ -255,21 +255,24 @@ def save(run: Run, status: str) -> bool:
 
 
 @torch.no_grad()
-def evaluate(run: Run, stop: bool) -> tuple[dict[str, float], bool]:
-    """Mean loss of each split over its fixed set of windows, which the ranks share; and whether any rank wants to stop."""
+def evaluate(run: Run, stop: distributed.StopRequest) -> dict[str, float] | None:
+    """Mean loss of each split over its fixed set of windows, which the ranks share; None where any rank wants to stop."""
+    c, world = run.config, run.world
+    sizes = c.batch_size, c.block_size, c.eval_iters, world.rank, world.size
     splits = [split for split in SPLITS if open_dataset(run.data_dir).splits.get(split)]
-    sums = torch.zeros(len(splits) + 1, 2, device=run.world.device)  # loss * windows, windows; the last row is the vote
+    sums = torch.zeros(len(splits), 2, device=world.device)  # loss * windows, windows
+    stopping = distributed.StopVote(stop, world)
+    batches = ((row, *xy) for row, split in zip(sums, splits) for xy in eval_batches(run.data_dir, split, *sizes, world.device))
     run.model.eval()
-    for row, split in zip(sums, splits, strict=False):
-        c = run.config
-        sizes = c.batch_size, c.block_size, c.eval_iters, run.world.rank, run.world.size
-        for x, y in eval_batches(run.data_dir, split, *sizes, run.world.device):
+    for row, x, y in batches:
+        if len(x):
             _, loss = run.compiled(x, y)
             row += torch.stack([loss * len(x), torch.full_like(loss, len(x))])
+        if stopping():
+            run.model.train()
+            return None
     run.model.train()
-    sums[-1] += stop
-    *rows, vote = distributed.total(sums).tolist()
-    return {split: loss / count for split, (loss, count) in zip(splits, rows, strict=True)}, vote[0] > 0
+    return {split: loss / count for split, (loss, count) in zip(splits, distributed.total(sums).tolist())}
 
 
 def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) -> str:
@@ -310,7 +313,9 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) 
         due = (run.it % config.eval_interval == 0 or done) and run.evaluated != run.it
         if due or config.eval_only:
             report(readback.flush())
-            losses, stopping = evaluate(run, bool(stop))
+            losses = evaluate(run, stop)
+            if losses is None:  # to be done again by the run that resumes
+                return "preempted" if config.eval_only or save_now("preempted") else "failed"
             run.evaluated, run.val_loss = run.it, losses.get("val", math.nan)
             improved = run.val_loss < run.best_val_loss
             if improved:
@@ -320,8 +325,6 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) 
                 log.throughput.start()
             if config.eval_only:
                 return "evaluated"
-            if stopping and not done:
-                return "preempted" if save_now("preempted") else "failed"
             if not done and run.it > 0 and (improved or config.always_save_checkpoint):
                 save_now()
         if done:

@@ -211,6 +211,48 @@ def test_r13_stopped_and_resumed_as_if_never_stopped(data, tmp_path, number, key
         assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() | theirs.keys())
 
 
+KILLED_IN_EVALUATION = """
+import os, signal, sys
+from nanogpt import config, distributed, train
+rank = int(sys.argv[1])
+batches, made = train.eval_batches, []
+def signalled(*args):
+    for batch in batches(*args):
+        made.append(batch)
+        if len(made) == int(sys.argv[2]) and int(os.environ.get("RANK", 0)) == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+train.eval_batches = signalled
+code = train.main(config.load(config.TrainConfig, sys.argv[3:]))
+os.write(1, f"batches: {len(made)}\\n".encode())  # whole, beside the other rank
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_r13_an_evaluation_is_stopped_and_done_again(data, tmp_path, processes):
+    keys = {"eval_iters": 9, "gradient_accumulation_steps": 2}
+    run(data, tmp_path / "whole", **keys)
+    killed, script = tmp_path / "killed", tmp_path / "killed.py"
+    script.write_text(KILLED_IN_EVALUATION)
+    rounds = 2 * -(-9 // processes)  # of the ranks, over both splits; the second evaluation is the one before update 5
+    command = [*TORCHRUN, script] if processes == 2 else [script]
+    code, out, err = start([*command, processes - 1, rounds + 2, *arguments(data, killed, **keys)])
+    assert code == 0, err
+    assert out.count(f"batches: {rounds + 2}\n") == processes  # of 2 * rounds
+    assert (status(killed)["state"], status(killed)["iter"]) == ("preempted", 5)
+    assert [r["iter"] for r in records(killed, "eval")] == [0]
+    run(data, killed, init_from="resume", **keys)
+    for kind, value in (("eval", "val_loss"), ("train", "loss")):
+        ours, theirs = ([(r["iter"], r[value]) for r in records(path, kind)] for path in (killed, tmp_path / "whole"))
+        assert [it for it, _ in ours] == [it for it, _ in theirs]
+        assert ours == theirs if processes == 1 else np.abs(np.subtract(ours, theirs)).max() < 1e-4
+    code, out, err = start([*command, processes - 1, 2, *arguments(data, killed, init_from="resume", eval_only=True, **keys)])
+    assert code == 0, err
+    assert out.count("batches: 2\n") == processes
+    assert "preempted after 12 updates" in out
+
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 

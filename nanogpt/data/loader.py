@@ -222,11 +222,11 @@ def eval_batches(
     """The batches of a fixed set of windows, evenly spaced over the split, that fall to this rank.
 
     The set depends on the sizes only. It has n_batches batches of batch_size windows, or all that the split gives without
-    overlap if those are fewer: whole batches only, unless there is not even one. Batch j goes to rank j % world_size, so ranks
-    may differ in number of batches, and some may have none.
+    overlap if those are fewer: whole batches only, unless there is not even one. Batch j goes to rank j % world_size; each rank
+    gets equally many, so that they can vote after each; the last one of some may be empty.
 
     Yields:
-        (x, y), each (B, T) int64 on the device.
+        (x, y), each (B, T) int64 on the device, or (0, T).
     """
     shards = open_dataset(Path(data_dir)).shards(split)
     per_shard = np.array([max(0, (shard.count - 1) // block_size) for shard in shards])
@@ -235,7 +235,8 @@ def eval_batches(
     if not total:
         raise ValueError(f"{data_dir}: the split {split} has no {block_size + 1} tokens in a row (block_size={block_size})")
     count = min(n_batches, total // batch_size) * batch_size or total
-    for begin in range(rank * batch_size, count, world_size * batch_size):
+    for first in range(0, count, world_size * batch_size):
+        begin = first + rank * batch_size
         index = np.arange(begin, min(begin + batch_size, count)) * total // count
         shard = np.searchsorted(ends, index, side="right")
         start = (index - (ends - per_shard)[shard]) * block_size
