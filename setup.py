@@ -161,8 +161,9 @@ def ninja_file(compiler: str, torch: Path, cuda: Path | None) -> str:
     build("nanogpt_cpu.so", "link", " ".join(objects), libs="-ltorch_cpu -lc10")
     if cuda:
         objects = [build("ops_cuda.o", "cxx", f"{CSRC}/ops_cuda.cpp", flags="-DUSE_CUDA")]
+        objects += [build("linear_gelu.o", "cxx", f"{CSRC}/linear_gelu.cpp", flags="")]
         objects += [build(f"{source.stem}.o", "nvcc", str(source)) for source in sorted(CSRC.glob("*.cu"))]
-        libs = f"-ltorch_cuda -ltorch_cpu -lc10_cuda -lc10 -L{cuda}/lib64 -lcudart"
+        libs = f"-ltorch_cuda -ltorch_cpu -lc10_cuda -lc10 -L{cuda}/lib64 -lcudart -ldl"
         build("nanogpt_cuda.so", "link", " ".join(objects), libs=libs)
     return "\n".join(lines) + "\n"
 

@@ -1,5 +1,7 @@
 """The MLP, y = gelu(x W_fc^T) W_proj^T, forward and backward: GELU in the GEMMs' epilogues or in a kernel of its own.
 
+Cases named `tanh-bias` are OpenAI's GPT-2: GELU's tanh form, and biases. cuBLASLt's epilogues (`ours-cuda`) do these only.
+
     python benchmarks/mlp.py [--quick] [--plot]
 
 Providers: ours through each backend (Triton or the CPU extension, the PyTorch reference), plain PyTorch, and
@@ -18,8 +20,17 @@ def reference(x, w_fc, w_proj):
     return F.linear(F.gelu(F.linear(x, w_fc.to(x.dtype))), w_proj.to(x.dtype))
 
 
+def reference_gpt2(x, w_fc, b_fc, w_proj, b_proj):
+    w_fc, b_fc, w_proj, b_proj = (p.to(x.dtype) for p in (w_fc, b_fc, w_proj, b_proj))
+    return F.linear(F.gelu(F.linear(x, w_fc, b_fc), approximate="tanh"), w_proj, b_proj)
+
+
 def ours(x, w_fc, w_proj):
     return gelu_mlp(x, w_fc, None, w_proj, None)
+
+
+def ours_gpt2(x, w_fc, b_fc, w_proj, b_proj):
+    return gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, "tanh")
 
 
 def main(argv: list[str] | None = None) -> common.Bench:
@@ -33,14 +44,23 @@ def main(argv: list[str] | None = None) -> common.Bench:
     elif args.quick:
         shapes = shapes[:2]
     backends = ("triton", "torch") if bench.gpu else ("cpp", "torch")
-    providers = {f"ours-{name}": backend(name, ours) for name in backends}
-    providers |= {"torch": reference, "compile": torch.compile(reference, dynamic=False)}
-    for M, C in shapes:
-        x = torch.randn(M, C, device=bench.device, dtype=bench.dtype).requires_grad_()
-        w_fc = (torch.randn(4 * C, C, device=bench.device) * C**-0.5).requires_grad_()
-        w_proj = (torch.randn(C, 4 * C, device=bench.device) * (4 * C) ** -0.5).requires_grad_()
+    for gpt2, (M, C) in [*((False, shape) for shape in shapes), *((True, shape) for shape in shapes[:1])]:
+        plain, function = (reference_gpt2, ours_gpt2) if gpt2 else (reference, ours)
+        chosen = ("cuda", *backends) if gpt2 and bench.gpu else backends
+        providers = {f"ours-{name}": backend(name, function) for name in chosen}
+        providers |= {"torch": plain, "compile": torch.compile(plain, dynamic=False)}
+        x = torch.randn(M, C, device=bench.device, dtype=bench.dtype)
+        parameters = [
+            torch.randn(4 * C, C, device=bench.device) * C**-0.5,
+            torch.randn(C, 4 * C, device=bench.device) * (4 * C) ** -0.5,
+        ]
+        if gpt2:
+            parameters[1:1] = [torch.randn(4 * C, device=bench.device)]
+            parameters += [torch.randn(C, device=bench.device)]
+        inputs = [t.requires_grad_() for t in (x, *parameters)]
         flops = 16 * M * C * C
-        bench.compare(f"M{M}-C{C}", providers, reference, [x, w_fc, w_proj], {"fwd": Work(flops), "bwd": Work(2 * flops)})
+        case = f"M{M}-C{C}{'-tanh-bias' if gpt2 else ''}"
+        bench.compare(case, providers, plain, inputs, {"fwd": Work(flops), "bwd": Work(2 * flops)})
     bench.finish()
     return bench
 

@@ -1,4 +1,5 @@
-// AdamW over all parameters in one launch, and a second one of a single thread that advances the step.
+// AdamW over all parameters in one launch for each 512 of them, and one of a single thread that advances the step. GPT-2 124M
+// has 148 tensors of parameters (75 without biases), 1.5B has 580 (291).
 //
 // Per parameter: read p g m v, write p m v (g) and the 16-bit shadow: 28 to 34 bytes, in 128-bit accesses.
 

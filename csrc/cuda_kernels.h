@@ -2,7 +2,9 @@
 // cudaStream_t is a CUstream_st*, so that the binding needs no CUDA header.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "types.h"
 
@@ -39,5 +41,24 @@ const char* grad_norm(int64_t count, const float* const* grads, const int64_t* n
 const char* cross_entropy_rows(void* logits, Type type, int64_t rows, int64_t columns, const int64_t* targets,
                                float* losses, int64_t ignore_index, int64_t vocab_size, bool write_grad,
                                CUstream_st* stream);
+
+// One product with GELU's tanh form (forward) or its gradient (backward) in the epilogue; all contiguous, fp16 or bf16.
+struct LinearGelu {
+  bool backward;
+  Type type;
+  int device;
+  int64_t m, n, k;
+  const void* a;  // (m, k): x forward, dy backward
+  const void* w;  // (n, k) forward, (k, n) backward
+  void* d;        // (m, n): gelu(pre) forward, the gradient of pre backward
+  void* bias;     // (n,) read forward, its gradient written backward; may be null
+  void* aux;      // (m, n): pre, written forward unless null, read backward
+};
+// Why cuBLASLt cannot be used at all; empty if it can.
+std::string linear_gelu_missing();
+// The bytes of workspace that linear_gelu needs, or why there is no algorithm. Chosen once per shape, device and alignment.
+std::string linear_gelu_workspace(void* handle, const LinearGelu& x, size_t* bytes);
+// handle: cuBLASLt's, or cuBLAS's, which is one. Returns an error, or nothing.
+std::string linear_gelu(void* handle, const LinearGelu& x, void* workspace, CUstream_st* stream);
 
 }  // namespace nanogpt

@@ -1,5 +1,6 @@
 // Global L2 norm in two launches: one partial sum of squares per block, then their sum by one block in a fixed order, so
-// that the result is the same bits every time. An inf or nan anywhere comes out as inf or nan.
+// that the result is the same bits every time. Beyond 1,024 tensors, one more for each 1,024. An inf or nan anywhere comes out
+// as inf or nan.
 //
 // Threads sum in fp32, some hundred squares each; blocks and the final sum in double. I/O: 4 bytes per gradient.
 

@@ -1,5 +1,5 @@
-// One launch over many tensors: they are cut into chunks, and blocks stride over the chunks of all of them. The table of
-// tensors travels in the kernel's arguments (32,764 bytes since CUDA 12.1), which a captured graph keeps by value.
+// One launch over as many tensors as a table holds: they are cut into chunks, and blocks stride over the chunks of all of
+// them. The table travels in the kernel's arguments (32,764 bytes since CUDA 12.1), which a captured graph keeps by value.
 #pragma once
 
 #include <algorithm>

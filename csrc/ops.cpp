@@ -1,4 +1,4 @@
-// nanogpt_cpu: the schemas of all ops, and their CPU implementations. nanogpt_cuda (ops_cuda.cpp) adds CUDA ones.
+// nanogpt_cpu: the schemas of the ops that CPUs have, and their CPU implementations. nanogpt_cuda (ops_cuda.cpp) adds CUDA's.
 //
 // Only PyTorch's stable ABI is used, so one build serves several releases. Every op changes its declared arguments in place
 // or returns new tensors; none keeps state. Work is cut into pieces of a fixed size, so that no result depends on the number

@@ -1,4 +1,4 @@
-// nanogpt_cuda: the CUDA implementations of the ops that nanogpt_cpu declares (ops.cpp).
+// nanogpt_cuda: the CUDA implementations of the ops that nanogpt_cpu declares (ops.cpp), and the ops that only CUDA has.
 
 #include "cuda_kernels.h"
 #include "ops.h"
@@ -90,9 +90,80 @@ void cross_entropy_rows_cuda(const Tensor& logits, const Tensor& targets, const 
                "cross_entropy_rows_");
 }
 
+void check_matrix(const Tensor& t, const char* name, ScalarType type, int64_t rows, int64_t columns) {
+  check(t, name, type);
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": expected (", rows, ", ", columns, ")");
+}
+
+// Runs one product, or returns why there is no algorithm for it.
+std::string run_linear_gelu(bool backward, const Tensor& a, const Tensor& w, const std::optional<Tensor>& bias,
+                            const Tensor& d, const std::optional<Tensor>& aux) {
+  const ScalarType type = a.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16, "expected Half or BFloat16, got ", toString(type));
+  STD_TORCH_CHECK(a.dim() == 2 && w.dim() == 2, "expected matrices");
+  const int64_t m = a.size(0), k = a.size(1), n = w.size(backward ? 1 : 0);
+  check_matrix(a, "a", type, m, k);
+  check_matrix(w, "w", type, backward ? k : n, backward ? n : k);
+  check_matrix(d, "d", type, m, n);
+  if (aux) check_matrix(*aux, "aux", type, m, n);
+  if (bias) {
+    check(*bias, "bias", type);
+    STD_TORCH_CHECK(bias->numel() == n, "bias: ", bias->numel(), " values for ", n, " columns");
+  }
+  STD_TORCH_CHECK(m > 0 && n > 0 && k > 0, "empty matrices: ", m, " x ", n, " x ", k);
+  const std::string missing = linear_gelu_missing();
+  if (!missing.empty()) return missing;
+
+  const Device device(a);
+  void* handle = nullptr;
+  STD_TORCH_CHECK(torch_get_current_cuda_blas_handle(&handle) == AOTI_TORCH_SUCCESS, "no cuBLAS handle");
+  const LinearGelu args = {
+      backward,
+      type_of(a),
+      a.get_device_index(),
+      m,
+      n,
+      k,
+      a.const_data_ptr(),
+      w.const_data_ptr(),
+      d.mutable_data_ptr(),
+      bias ? bias->mutable_data_ptr() : nullptr,
+      aux ? aux->mutable_data_ptr() : nullptr,
+  };
+  size_t bytes = 0;
+  const std::string unsupported = linear_gelu_workspace(handle, args, &bytes);
+  if (!unsupported.empty()) return unsupported;
+  const Tensor workspace = torch::stable::new_empty(a, Shape{static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  const std::string error = linear_gelu(handle, args, workspace.mutable_data_ptr(), device.stream());
+  STD_TORCH_CHECK(error.empty(), error);
+  return "";
+}
+
+std::string linear_gelu_cuda(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, const Tensor& post,
+                             const std::optional<Tensor>& pre) {
+  return run_linear_gelu(false, x, w, bias, post, pre);
+}
+
+std::string linear_dgelu_cuda(const Tensor& dy, const Tensor& w, const Tensor& pre, const Tensor& dpre,
+                              const std::optional<Tensor>& dbias) {
+  return run_linear_gelu(true, dy, w, dbias, dpre, pre);
+}
+
 }  // namespace
 
+STABLE_TORCH_LIBRARY_FRAGMENT(nanogpt, m) {
+  m.def("linear_gelu_missing() -> str");
+  m.def("linear_gelu_(Tensor x, Tensor w, Tensor? bias, Tensor(a!) post, Tensor(b!)? pre) -> str missing");
+  m.def("linear_dgelu_(Tensor dy, Tensor w, Tensor pre, Tensor(a!) dpre, Tensor(b!)? dbias) -> str missing");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nanogpt, CompositeExplicitAutograd, m) {
+  m.impl("linear_gelu_missing", TORCH_BOX(&linear_gelu_missing));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(nanogpt, CUDA, m) {
+  m.impl("linear_gelu_", TORCH_BOX(&linear_gelu_cuda));
+  m.impl("linear_dgelu_", TORCH_BOX(&linear_dgelu_cuda));
   m.impl("adamw_", TORCH_BOX(&adamw_cuda));
   m.impl("grad_norm", TORCH_BOX(&grad_norm_cuda));
   m.impl("cross_entropy_rows_", TORCH_BOX(&cross_entropy_rows_cuda));

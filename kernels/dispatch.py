@@ -7,6 +7,7 @@ backend of each op on a device, and the reason.
 
 import functools
 import os
+import warnings
 
 import torch
 
@@ -14,11 +15,12 @@ from kernels import triton_compat
 
 BACKENDS = ("triton", "cuda", "cpp", "torch")
 
-# What `auto` prefers, first to last; the first that is available wins. A backend that an op does not have is not named.
+# What `auto` prefers, first to last; the first that is available wins, so what stands behind torch runs on request only. A
+# backend that an op does not have is not named.
 PREFERENCE = {
     "attention": ("triton", "cpp", "torch"),
     "layer_norm": ("triton", "cpp", "torch"),
-    "gelu_mlp": ("triton", "cpp", "torch"),
+    "gelu_mlp": ("triton", "cpp", "torch", "cuda"),  # cuda: cuBLASLt's epilogues, not measured yet
     # H100, 16,384 rows of 50,304 in bf16: cuda 1.22 ms (90% of a copy's bandwidth), triton 1.44 ms.
     "cross_entropy": ("cuda", "triton", "cpp", "torch"),
     "embedding": ("triton", "torch"),
@@ -27,6 +29,10 @@ PREFERENCE = {
     "grad_norm": ("cuda", "cpp", "torch"),
 }
 
+# What a backend covers of its op; other calls take the next one, which is said as they come.
+LIMITS = {("gelu_mlp", "cuda"): "tanh GELU in bf16 and fp16 only"}
+
+_fallbacks: dict[str, list[str]] = {}  # by op
 _requested = os.environ.get("NANOGPT_KERNELS", "auto")
 
 
@@ -46,6 +52,7 @@ def use(backend: str) -> None:
         raise ValueError(f"kernels={backend}: expected one of auto, {', '.join(BACKENDS)}")
     _requested = backend
     _resolve.cache_clear()
+    _fallbacks.clear()
 
 
 def requested() -> str:
@@ -59,8 +66,31 @@ def choose(op: str, device_type: str) -> str:
 
 
 def explain(device_type: str) -> dict[str, tuple[str, str]]:
-    """For every op: its backend on this device and why, for the start-up banner."""
-    return {op: _resolve(op, device_type) for op in PREFERENCE}
+    """For every op: its backend on this device and why, for the start-up banner; and what has run on another one so far."""
+    chosen = {}
+    for op in PREFERENCE:
+        backend, reason = _resolve(op, device_type)
+        limit = [LIMITS[op, backend]] if (op, backend) in LIMITS else []
+        chosen[op] = backend, "; ".join([reason, *limit, *_fallbacks.get(op, [])])
+    return chosen
+
+
+@torch.compiler.assume_constant_result
+def instead(op: str, device_type: str, backend: str, reason: str) -> str:
+    """The next backend of ``op``, where the chosen one does not cover a call; says so once."""
+    others = (other for other in PREFERENCE[op] if other != backend and not _unavailable(op, other, device_type))
+    other = next(others)
+    fell_back(op, backend, other, reason)
+    return other
+
+
+def fell_back(op: str, backend: str, other: str, reason: str) -> None:
+    """Records, and warns once, that ``other`` ran instead of the backend that was chosen."""
+    note = f"{other} instead of {backend} for {reason}"
+    notes = _fallbacks.setdefault(op, [])
+    if note not in notes:
+        notes.append(note)
+        warnings.warn(f"{op}: {note}", RuntimeWarning, stacklevel=3)
 
 
 @functools.cache

@@ -19,7 +19,12 @@ LIBRARIES = {"cpp": "nanogpt_cpu", "cuda": "nanogpt_cuda"}
 # Ops that each library implements: what `unavailable` answers for.
 OPS = {
     "cpp": ("adamw", "grad_norm", "cross_entropy", "layer_norm", "gelu_mlp", "attention"),
-    "cuda": ("adamw", "grad_norm", "cross_entropy"),
+    "cuda": ("adamw", "grad_norm", "cross_entropy", "gelu_mlp"),
+}
+# Of csrc/, beside what both include.
+SOURCES = {
+    "nanogpt_cpu": ("cpu_*", "ops.cpp"),
+    "nanogpt_cuda": ("*.cu*", "ops_cuda.cpp", "cuda_kernels.h", "linear_gelu.cpp", "cublaslt.h"),
 }
 BUILD = "python setup.py build_ext --inplace"
 BUILD_LIMIT = 900  # seconds that a process waits for another one's build
@@ -30,7 +35,10 @@ def unavailable(op: str, backend: str) -> str:
     """Why ``op`` cannot run on the extension's ``backend`` (``"cuda"`` or ``"cpp"``); empty if it can. Loads on first use."""
     if op not in OPS[backend]:
         return f"csrc has no {op} for {backend}"
-    return _load(backend)
+    missing = _load(backend)
+    if not missing and (op, backend) == ("gelu_mlp", "cuda"):  # which is another library's
+        missing = torch.ops.nanogpt.linear_gelu_missing()
+    return missing
 
 
 def status() -> dict[str, str]:
@@ -65,6 +73,9 @@ def _load(backend: str) -> str:
         return f"{file.name} does not load: {error.__cause__ or error}"
     if backend == "cpp":
         _register_fakes()
+    else:
+        for op in ("linear_gelu_", "linear_dgelu_"):
+            torch.library.register_fake(f"nanogpt::{op}", lambda *args: "")
     return ""
 
 
@@ -72,8 +83,7 @@ def _newer_source(name: str) -> str:
     """A source that is newer than the library, or any if there is no library; empty without sources, as in a wheel."""
     file = FOLDER / f"{name}.so"
     built = file.stat().st_mtime if file.exists() else 0.0
-    patterns = ("*.cu*", "ops_cuda.cpp", "cuda_kernels.h") if name == "nanogpt_cuda" else ("cpu_*", "ops.cpp")
-    sources = [s for pattern in (*patterns, "ops.h", "types.h") for s in sorted((FOLDER.parent / "csrc").glob(pattern))]
+    sources = [s for pattern in (*SOURCES[name], "ops.h", "types.h") for s in sorted((FOLDER.parent / "csrc").glob(pattern))]
     return next((f"csrc/{s.name}" for s in sources if s.stat().st_mtime > built), "")
 
 

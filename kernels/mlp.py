@@ -15,7 +15,7 @@ table per architecture:
   sm_90 loads and stores through host-made tensor descriptors (TMA), older architectures through masked pointers.
 - unfused: cuBLAS, then an elementwise kernel. Also what fp32, and C or N that are not multiples of 16, take.
 
-The other GEMMs are cuBLAS.
+The ``cuda`` backend has cuBLASLt do the same (kernels/cublaslt.py); it saves pre instead of slope. The other GEMMs are cuBLAS.
 """
 
 import functools
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import configs, cpu, dispatch, gelu
+from kernels import configs, cpu, cublaslt, dispatch, gelu
 from kernels.gelu import gelu_and_slope_of, gelu_of
 from kernels.linear import linear_ref, mm_fp32, shadow
 from kernels.triton_compat import TensorDescriptor, tl, triton
@@ -239,34 +239,50 @@ def _mlp_fwd(
     b_proj_shadow: Tensor | None,
     tanh: bool,
     with_slope: bool,
+    lt: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The parameters are there for their gradients; the arithmetic reads their shadows. Returns y, post and slope."""
+    """The parameters are there for their gradients; the arithmetic reads their shadows. Returns y, post and slope.
+
+    With ``lt``, which is cuBLASLt's tanh GELU, the last is gelu's argument.
+    """
     with torch.cuda.device_of(x):
-        post, slope = _gelu_fwd(x.contiguous(), w_fc_shadow.contiguous(), b_fc_shadow, tanh, with_slope)
+        x, w = x.contiguous(), w_fc_shadow.contiguous()
+        if lt:
+            post, slope = cublaslt.linear_gelu(x, w, b_fc_shadow, with_slope)
+        else:
+            post, slope = _gelu_fwd(x, w, b_fc_shadow, tanh, with_slope)
         return F.linear(post, w_proj_shadow, b_proj_shadow), post, slope
 
 
 @_mlp_fwd.register_fake
-def _(x, w_fc, b_fc, w_proj, b_proj, w_fc_shadow, b_fc_shadow, w_proj_shadow, b_proj_shadow, tanh, with_slope):
+def _(x, w_fc, b_fc, w_proj, b_proj, w_fc_shadow, b_fc_shadow, w_proj_shadow, b_proj_shadow, tanh, with_slope, lt):
     M, N = x.shape[0], w_fc.shape[0]
     return x.new_empty(M, w_proj.shape[0]), x.new_empty(M, N), x.new_empty(M if with_slope else 0, N)
 
 
 @torch.library.custom_op("nanogpt::gelu_mlp_bwd", mutates_args=())
 def _mlp_bwd(
-    dy: Tensor, x: Tensor, post: Tensor, slope: Tensor, w_fc: Tensor, w_proj: Tensor, has_b_fc: bool, has_b_proj: bool
+    dy: Tensor,
+    x: Tensor,
+    post: Tensor,
+    slope: Tensor,
+    w_fc: Tensor,
+    w_proj: Tensor,
+    has_b_fc: bool,
+    has_b_proj: bool,
+    lt: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx in the compute dtype; dw_fc, db_fc, dw_proj, db_proj in fp32, (0,) for a bias that is not there."""
     with torch.cuda.device_of(dy):
         dy = dy.contiguous()
-        dpre, db_fc = _gelu_bwd(dy, w_proj.contiguous(), slope, has_b_fc)
+        dpre, db_fc = (cublaslt.linear_dgelu if lt else _gelu_bwd)(dy, w_proj.contiguous(), slope, has_b_fc)
         dw_proj = mm_fp32(dy.t(), post)
         db_proj = dy.sum(0, dtype=torch.float32) if has_b_proj else dy.new_empty(0, dtype=torch.float32)
         return dpre @ w_fc, mm_fp32(dpre.t(), x), db_fc, dw_proj, db_proj
 
 
 @_mlp_bwd.register_fake
-def _(dy, x, post, slope, w_fc, w_proj, has_b_fc, has_b_proj):
+def _(dy, x, post, slope, w_fc, w_proj, has_b_fc, has_b_proj, lt):
     def empty(*shape):
         return dy.new_empty(shape, dtype=torch.float32)
 
@@ -276,7 +292,7 @@ def _(dy, x, post, slope, w_fc, w_proj, has_b_fc, has_b_proj):
 
 
 def _setup_context(ctx, inputs, output):
-    x, w_fc, b_fc, w_proj, b_proj, w_fc_shadow, _, w_proj_shadow, _, _, with_slope = inputs
+    x, w_fc, b_fc, w_proj, b_proj, w_fc_shadow, _, w_proj_shadow, _, _, with_slope, ctx.lt = inputs
     if with_slope:
         ctx.save_for_backward(x, *output[1:], w_fc_shadow, w_proj_shadow)
     ctx.set_materialize_grads(False)  # post and slope are no results: no zeros for their gradients
@@ -286,9 +302,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, *_):
     saved = ctx.saved_tensors  # x, post, slope, w_fc, w_proj
     has_b_fc, has_b_proj = ctx.dtypes[1] is not None, ctx.dtypes[3] is not None
-    dx, *grads = _mlp_bwd(dy, *saved, has_b_fc, has_b_proj)
+    dx, *grads = _mlp_bwd(dy, *saved, has_b_fc, has_b_proj, ctx.lt)
     grads = [None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
-    return dx, *grads, None, None, None, None, None, None
+    return dx, *grads, None, None, None, None, None, None, None
 
 
 _mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -323,6 +339,8 @@ def gelu_mlp(
     if x.shape[-1] != w_fc.shape[1] or w_fc.shape[0] != w_proj.shape[1]:
         raise ValueError(f"x {tuple(x.shape)}, w_fc {tuple(w_fc.shape)}, w_proj {tuple(w_proj.shape)} do not chain")
     backend = dispatch.choose("gelu_mlp", x.device.type)
+    if backend == "cuda" and (reason := cublaslt.uncovered(x.dtype, approximate)):
+        backend = dispatch.instead("gelu_mlp", x.device.type, "cuda", reason)
     if backend == "torch":
         return gelu_mlp_ref(x, w_fc, b_fc, w_proj, b_proj, approximate)
     if backend == "cpp":
@@ -330,7 +348,8 @@ def gelu_mlp(
     parameters = (w_fc, b_fc, w_proj, b_proj)
     shadows = [None if p is None else shadow(p, x.dtype) for p in parameters]
     with_slope = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
-    y, _, _ = _mlp_fwd(x.reshape(-1, x.shape[-1]), *parameters, *shadows, approximate == "tanh", with_slope)
+    flags = approximate == "tanh", with_slope, backend == "cuda"
+    y, _, _ = _mlp_fwd(x.reshape(-1, x.shape[-1]), *parameters, *shadows, *flags)
     return y.view(*x.shape[:-1], w_proj.shape[0])
 
 

@@ -26,13 +26,13 @@ PATH="$(dirname "$python"):$PATH" BUILD_CUDA=1 "$python" setup.py build_ext --in
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import extension
+from kernels import dispatch, extension, mlp
 
 print(f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}: {extension.status()}")
-missing = extension.unavailable("adamw", "cuda")
+missing = extension.unavailable("adamw", "cuda") or extension.unavailable("gelu_mlp", "cuda")
 if missing:
     raise SystemExit(missing)
-for op in ("adamw_", "grad_norm", "cross_entropy_rows_"):
+for op in ("adamw_", "grad_norm", "cross_entropy_rows_", "linear_gelu_", "linear_dgelu_"):
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"nanogpt::{op}", "CUDA"):
         raise SystemExit(f"nanogpt::{op} has no CUDA kernel")
 with FakeTensorMode():
@@ -44,5 +44,17 @@ with FakeTensorMode():
     torch.ops.nanogpt.cross_entropy_rows_(logits, targets, losses, -1, 90, True)
     if norm.device.type != "cuda" or norm.shape != ():
         raise SystemExit(f"grad_norm of fake CUDA tensors: {norm}")
+    x, post, pre = (torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in [(6, 16), (6, 32), (6, 32)])
+    w_fc, b_fc, w_proj = (torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in [(32, 16), (32,), (16, 32)])
+    torch.ops.nanogpt.linear_gelu_(x, w_fc, b_fc, post, pre)
+    torch.ops.nanogpt.linear_dgelu_(x, w_proj, pre, post, b_fc)
+    parameters = w_fc, b_fc, w_proj, None
+    y, post, pre = mlp._mlp_fwd(x, *parameters, *parameters, True, True, True)
+    grads = mlp._mlp_bwd(torch.empty_like(y), x, post, pre, w_fc, w_proj, True, False, True)
+    if [g.shape for g in grads] != [(6, 16), (32, 16), (32,), (16, 32), (0,)]:
+        raise SystemExit(f"the MLP on cuBLASLt, of fake CUDA tensors: {grads}")
+dispatch.use("cuda")
+if dispatch.choose("gelu_mlp", "cuda") != "cuda":
+    raise SystemExit("gelu_mlp does not take the cuda backend")
 print("the CUDA extension builds, links, loads and answers fake tensors")
 END

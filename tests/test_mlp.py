@@ -177,9 +177,9 @@ def test_opcheck(path, bias):
     x.requires_grad_()
     shadows = [None if p is None else p.clone() for p in parameters]
     parameters = [None if p is None else p.requires_grad_() for p in parameters]
-    torch.library.opcheck(mlp._mlp_fwd, (x, *parameters, *shadows, False, True))
+    torch.library.opcheck(mlp._mlp_fwd, (x, *parameters, *shadows, False, True, False))
     post, slope = torch.randn(2, 37, 80, device=DEVICE)
-    torch.library.opcheck(mlp._mlp_bwd, (dy, x.detach(), post, slope, shadows[0], shadows[2], bias, bias))
+    torch.library.opcheck(mlp._mlp_bwd, (dy, x.detach(), post, slope, shadows[0], shadows[2], bias, bias, False))
 
 
 def test_compile(path):
