@@ -104,6 +104,17 @@ class TrainConfig:
     lr_decay_iters: int = key(600000, "the update at which min_lr is reached")
     min_lr: float = key(6e-5, "final learning rate")
 
+    max_bad_steps: int = key(10, "skipped updates in a row (not finite, or spikes) that end the run (0: never)", "Guard")
+    spike_guard: bool = key(False, "skip updates whose loss or gradient norm is 6 sigma above that of the last 128")
+    anomaly_dump: str = key(
+        "", "where to write the batch and every layer's statistics when the guard ends the run; true: OUT/anomaly"
+    )
+    patience: int = key(0, "evaluations in a row without a better validation loss that end the run (0: never)")
+    max_tokens: int = key(0, "tokens trained on in all that end the run, if max_iters does not earlier (0: no limit)")
+    max_hours: float = key(0.0, "save and stop, to be resumed, before this process has run so long (0: no limit)")
+    timeout: float = key(600.0, "seconds without progress after which a run ends and names the process that hangs (0: never)")
+    allow_fault_injection: bool = key(False, "obey NANOGPT_FAULT, for tests")
+
     backend: str = key("auto", "of torch.distributed: auto is nccl on GPUs, gloo on CPUs", "System", ("auto", "nccl", "gloo"))
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key(
@@ -138,7 +149,8 @@ class TrainConfig:
         self.model(1)
         for name in ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size", "max_iters"):
             require(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("resume", "checkpoint_minutes", "weight_decay", "grad_clip", "warmup_iters", "min_lr", "peak_flops"):
+        limits = ("max_bad_steps", "patience", "max_tokens", "max_hours", "timeout", "checkpoint_minutes")
+        for name in ("resume", "weight_decay", "grad_clip", "warmup_iters", "min_lr", "peak_flops", *limits):
             require(name, getattr(self, name) >= 0, "must not be negative")
         require("seed", 0 <= self.seed < 2**31, "must be at least 0 and below 2**31")
         for name in ("beta1", "beta2"):

@@ -4,14 +4,21 @@ Started by torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE; without it, a w
 """
 
 import base64
+import gc
+import math
 import os
 import random
 import signal
+import sys
 import time
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,6 +34,7 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None  # shared by the processes, where there are several
 
     @property
     def main(self) -> bool:
@@ -44,26 +52,76 @@ def init(config: TrainConfig) -> World:
     device = pick_device(config.device, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if size > 1:
-        backend = config.backend
-        if backend == "auto":
-            backend = "nccl" if device.type == "cuda" else "gloo"
-        if backend == "nccl" and device.type != "cuda":
-            raise ValueError(f"backend=nccl: serves GPUs only, and device is {device.type}; use --backend=gloo")
-        dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
-    return World(rank, local_rank, size, device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // local_size)))
+    if size == 1:
+        return World(rank, local_rank, size, device)
+    backend = config.backend
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        raise ValueError(f"backend=nccl: serves GPUs only, and device is {device.type}; use --backend=gloo")
+    store, rank, size = next(dist.rendezvous("env://"))
+    # After a crash, torchrun's store still holds the addresses of the dead, which the living would wait for
+    store = dist.PrefixStore(f"nanogpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # Later than the watchdog, which can name who hangs
+    patience = {"timeout": timedelta(seconds=2 * config.timeout + 60)} if config.timeout else {}
+    device_id = device if backend == "nccl" else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id, **patience)
+    sys.excepthook = _end
+    return World(rank, local_rank, size, device, store)
 
 
 ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
 
 
-def shutdown() -> None:
-    """Leaves the process group, at the end of a run."""
+def cores() -> int:
+    """The CPU cores that this process may use: fewer than the machine has where it is pinned, or in a container with a quota,
+    which PyTorch does not look at; threads beyond them make a step many times as slow."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):  # no Linux, or no quotas
+        return count
+    return count if quota == "max" else min(count, max(1, math.ceil(int(quota) / int(period))))
+
+
+@contextmanager
+def abandoning(code: int) -> Iterator[None]:
+    """Around what ends this process while others may go on: in a process group, it then ends at once."""
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process without the interpreter's own end, in which a process group may hang (see :func:`shutdown`)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What an exception that nobody catches comes to in a process group."""
+    sys.__excepthook__(kind, error, trace)
+    _exit(1)
+
+
+def shutdown(wait: bool = True) -> None:
+    """Leaves the process group, at the end of a run, after the last reference to what :func:`wrap` returned was dropped.
+
+    Gloo's thread needs the GIL to drop the tensors of its last collective. The group's destructor joins that thread, without
+    the GIL if Python drops the last reference to the group, but with it if DDP's reducer does, and then both wait for ever.
+
+    Args:
+        wait: for the other processes; not where they may not come.
+    """
     if dist.is_initialized():
-        dist.barrier()
-        # Gloo's thread needs the GIL to drop the tensors of its last collective, and its process group is destroyed by a thread
-        # that joins it with the GIL held (DDP's reducer, at exit): without this pause, one run in some hundreds hangs there.
-        time.sleep(0.2)
+        gc.collect()  # DDP is part of cycles
+        if wait:
+            dist.barrier()
         dist.destroy_process_group()
 
 
@@ -125,6 +183,11 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
     if enabled or not isinstance(model, nn.parallel.DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean over the ranks, in place."""
+    return values if not dist.is_initialized() else total(values).div_(dist.get_world_size())
 
 
 def total(values: Tensor) -> Tensor:
@@ -190,7 +253,10 @@ class Readback:
 
     def push(self, it: int, values: Tensor) -> list[tuple[int, list[float]]]:
         """Hands in step it's values, a new fp32 device tensor (n,); returns the steps that have arrived meanwhile."""
-        total(values)
+        return self.put(it, mean(values))
+
+    def put(self, it: int, values: Tensor) -> list[tuple[int, list[float]]]:
+        """As :meth:`push`, of values that the ranks share already."""
         event = None
         if self.lag:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -211,7 +277,7 @@ class Readback:
             it, values, event = self.pending.popleft()
             if event is not None:
                 event.synchronize()
-            steps.append((it, [v / self.world.size for v in values.tolist()]))
+            steps.append((it, values.tolist()))
         return steps
 
 
@@ -226,6 +292,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal = 0
+        self.until = math.inf  # of time.time(): the loop may set when it is to stop by itself
         self._at = 0.0
         for number in self.SIGNALS:
             signal.signal(number, self._handle)
@@ -238,7 +305,13 @@ class StopRequest:
             os._exit(128 + number)
 
     def __bool__(self) -> bool:
-        return self.signal != 0
+        return self.signal != 0 or time.time() >= self.until
+
+    @property
+    def reason(self) -> str:
+        if self.signal:
+            return signal.Signals(self.signal).name
+        return "--max_hours is nearly over" if self else "another process was asked to stop"
 
 
 class StopVote:

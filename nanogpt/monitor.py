@@ -1,4 +1,5 @@
-"""What a run tells about itself: speed, MFU, the GPU's sensors; to the terminal, OUT/metrics.jsonl and trackers.
+"""What a run tells about itself: speed, MFU, the GPU's sensors, where its time went; to the terminal, OUT/metrics.jsonl and
+trackers.
 
 MFU (model FLOPs utilisation) is printed under two names, because projects count differently: `mfu` as nanoGPT and PaLM do, 6N
 + 12 L C T FLOPs a token, and `mfu_causal` with half the attention, 6N + 6 L C T. Of a GPU whose peak is not known, neither.
@@ -6,21 +7,26 @@ MFU (model FLOPs utilisation) is printed under two names, because projects count
 
 import atexit
 import json
+import logging
 import math
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from nanogpt.config import TrainConfig
+from nanogpt.goodput import Ledger
+from nanogpt.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
 
 # Dense 16-bit FLOP/s with fp32 accumulation, from NVIDIA's data sheets; TF32 has half of it from Ampere (2020) on.
 PEAKS = {
@@ -95,109 +101,54 @@ class Throughput:
         return rates
 
 
-class Telemetry:
-    """The sensors of one GPU, read every second in a thread through NVML (nvidia-ml-py).
-
-    Args:
-        device: whose.
-        nvml: the module pynvml; another in tests.
-        interval: seconds between readings.
-
-    Attributes:
-        missing: why there is nothing to read; empty if there is.
-    """
-
-    def __init__(self, device: torch.device, nvml: ModuleType | None = None, interval: float = 1.0):
-        self.samples: list[dict[str, float]] = []
-        self._lock, self._stop, self._thread = threading.Lock(), threading.Event(), None
-        self.missing = self._open(device, nvml)
-        if not self.missing:
-            self._thread = threading.Thread(target=self._poll, args=(interval,), name="telemetry", daemon=True)
-            self._thread.start()
-
-    def _open(self, device: torch.device, nvml: ModuleType | None) -> str:
-        if device.type != "cuda":
-            return f"none for device {device.type}"
-        if nvml is None:
-            try:
-                import pynvml as nvml
-            except ImportError:
-                return "nvidia-ml-py is not installed"
-        self.nvml = nvml
-        try:
-            nvml.nvmlInit()
-            # NVML numbers all GPUs of the machine, torch those of CUDA_VISIBLE_DEVICES
-            self.handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        except nvml.NVMLError as error:
-            return str(error)
-        return ""
-
-    def _poll(self, interval: float) -> None:
-        while not self._stop.wait(interval):
-            sample = self._sample()
-            with self._lock:
-                self.samples.append(sample)
-
-    def _sample(self) -> dict[str, float]:
-        nvml, handle = self.nvml, self.handle
-        sensors = {
-            "gpu_util": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,  # percent
-            "gpu_memory_gib": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30,
-            "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-            "gpu_temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            "gpu_sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-        }
-        sample = {}
-        for name, read in sensors.items():
-            try:
-                sample[name] = float(read())
-            except nvml.NVMLError:  # a sensor that this GPU lacks
-                continue
-        return sample
-
-    def read(self) -> dict[str, float]:
-        """The mean of each sensor since the last call; empty where nothing was measured."""
-        with self._lock:
-            samples, self.samples = self.samples, []
-        names = {name for sample in samples for name in sample}
-        values = {name: [sample[name] for sample in samples if name in sample] for name in sorted(names)}
-        return {name: sum(v) / len(v) for name, v in values.items()}
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._stop.set()
-            self._thread.join()
-            self.nvml.nvmlShutdown()
-
-
 class MetricsFile:
-    """OUT/metrics.jsonl: one JSON object a line, each with its `kind`: start, train, eval or end.
+    """OUT/metrics.jsonl: one JSON object a line, each with its `kind`: start, train, eval, checkpoint, health or end.
 
     Args:
         path: the file; continued if it exists.
         start: the update the run (re)starts with; what an earlier run logged beyond it is dropped, since it happens again.
         evaluated: whether the evaluation before that update was done already.
+
+    Attributes:
+        past: all records that were there, those dropped included.
     """
 
     def __init__(self, path: Path, start: int, evaluated: bool):
-        kept = [line for line in path.read_text().splitlines() if _precedes(line, start, evaluated)] if path.exists() else []
+        self.past = list(_records(path)) if path.exists() else []
+        kept = [line for line, record in self.past if _precedes(record, start, evaluated)]
+        self.past = [record for _, record in self.past]
         partial = path.with_name(f".{path.name}")
         partial.write_text("".join(line + "\n" for line in kept if start or evaluated))
         os.replace(partial, path)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self._lock = threading.Lock()  # the GPU's thread writes too
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps({k: _plain(v) for k, v in record.items()}, allow_nan=False) + "\n")
+        line = json.dumps({k: _plain(v) for k, v in record.items()}, allow_nan=False) + "\n"
+        with self._lock:
+            self.file.write(line)
 
     def close(self) -> None:
-        self.file.close()
+        with self._lock:
+            self.file.close()
 
 
-def _precedes(line: str, start: int, evaluated: bool) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False  # cut short by a crash
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, record) of each line of a metrics file that is one; the others are named, but for a last one cut short."""
+    lines = path.read_bytes().decode(errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if isinstance(record["kind"], str) and type(record["iter"]) is int:
+                yield line, record
+                continue
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        if number < len(lines):  # what follows the last newline was cut short by a crash, or is nothing
+            log.warning("%s:%d: not a record, dropped: %.80s", path, number, line)
+
+
+def _precedes(record: dict[str, Any], start: int, evaluated: bool) -> bool:
     if record["kind"] == "train":
         return record["iter"] < start
     return record["iter"] < start + (record["kind"] != "eval" or evaluated)
@@ -283,24 +234,52 @@ class Monitor:
         throughput: counts the steps.
         start: the first update of this run.
         evaluated: whether the evaluation before it was done by an earlier run.
+        last: the number of updates of the whole run; None: max_iters.
+        started: when this process was, by time.time(); None: now.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, throughput: Throughput, start: int, evaluated: bool):
-        self.config, self.device, self.throughput = config, device, throughput
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        throughput: Throughput,
+        start: int,
+        evaluated: bool,
+        last: int | None = None,
+        started: float | None = None,
+    ):
+        self.config, self.device, self.throughput, self.it = config, device, throughput, start
+        self.last = config.max_iters if last is None else last
         out_dir = Path(config.out_dir)
         self.trackers = trackers(config, out_dir)
-        self.telemetry = Telemetry(device)
         # An evaluation alone leaves the record of the training as it is
         self.metrics = None if config.eval_only else MetricsFile(out_dir / "metrics.jsonl", start, evaluated)
+        continued = start or evaluated or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self.ledger = Ledger(started or time.time(), self.metrics.past if self.metrics and continued else [], start)
+        self.console = Console(start, self.last)
+        self.telemetry = Telemetry(device, warn=self.health)
         self._record("start", start, {})
-        self.console = Console(start, config.max_iters)
 
-    def train(self, it: int, loss: float, norm: float, lr: float) -> None:
-        """After update ``it``; reported every log_interval, and whenever the update was skipped."""
+    @contextmanager
+    def spending(self, kind: str) -> Iterator[None]:
+        """Around an evaluation or a checkpoint: the time is no update's."""
+        if kind == "checkpoint":
+            self._record(kind, self.it, {})
+        with self.ledger.spend(kind):
+            yield
+        self.throughput.start()
+
+    def begin(self) -> None:
+        """The first update is about to start."""
+        self.ledger.enter("training")
+        self.throughput.start()
+
+    def train(self, it: int, loss: float, norm: float, lr: float, why: str = "") -> None:
+        """After update ``it``; reported every log_interval, and whenever the update was skipped, for the reason given."""
+        self.it = it + 1
         self.throughput.step()
         self.console.advance(it + 1)
-        skipped = not math.isfinite(norm)
-        if it % self.config.log_interval and not skipped:
+        if it % self.config.log_interval and not why:
             return
         rates, gpu = self.throughput.rates(), self.telemetry.read()
         if self.device.type == "cuda":
@@ -308,44 +287,56 @@ class Monitor:
         if gpu.get("gpu_power_w"):
             world = int(os.environ.get("WORLD_SIZE", "1"))
             gpu["tokens_per_joule"] = rates["tokens_per_s"] / world / gpu["gpu_power_w"]
-        eta = (self.config.max_iters - it - 1) * rates["ms"] / 1e3
+        eta = (self.last - it - 1) * rates["ms"] / 1e3
         values = {"loss": loss, "lr": lr, "grad_norm": norm, **rates, **gpu, "eta_s": eta}
         tokens = (it + 1) * self.throughput.tokens
-        self._record("train", it, values | {"tokens": tokens})
+        self._record("train", it, values | {"tokens": tokens} | ({"skipped": why} if why else {}))
         mfu = f"{rates['mfu']:.2%}, causal {rates['mfu_causal']:.2%}" if "mfu" in rates else "n/a"
         line = f"iter {it}: loss {loss:.4f}, time {rates['ms']:.2f}ms, mfu {mfu}, lr {lr:.2e}, norm {norm:.3f}"
         line += f", {rates['tokens_per_s']:,.0f} tok/s"
         for name, form in (("peak_memory_gib", "{:.1f}GiB"), ("gpu_power_w", "{:.0f}W"), ("gpu_temperature_c", "{:.0f}C")):
             if name in gpu:
                 line += ", " + form.format(gpu[name])
-        self.print(f"{line}, eta {duration(eta)}" + (": not finite, update skipped" if skipped else ""))
+        self.print(f"{line}, eta {duration(eta)}" + (f": {why}, update skipped" if why else ""))
 
     def evaluation(self, it: int, losses: dict[str, float]) -> None:
         self._record("eval", it, {f"{split}_loss": loss for split, loss in losses.items()})
         self.print(f"step {it}: " + ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items()))
 
+    def health(self, message: str) -> None:
+        """What the GPU's sensors say is wrong; from their thread."""
+        self.print(message)
+        self._record("health", self.it, {"message": message})
+
     def print(self, line: str) -> None:
         self.console.print(line)
 
-    def close(self, it: int, state: str) -> None:
-        self._record("end", it, {"state": state})
-        if self.metrics:
-            self.metrics.close()
+    def close(self, it: int, state: str, reason: str = "") -> None:
         self.telemetry.close()
+        self._record("end", it, {"state": state, "reason": reason})
+        if self.metrics:
+            self.print(self.ledger.summary())
+            self.metrics.close()
         self.console.close()
 
     def _record(self, kind: str, it: int, values: dict[str, Any]) -> None:
         if self.metrics:
-            self.metrics.write({"kind": kind, "iter": it, "time": time.time(), **values})
+            spent = self.ledger.spent()
+            self.metrics.write({"kind": kind, "iter": it, "time": time.time(), **values, "spent": spent})
         scalars = {f"{kind}/{name}": value for name, value in values.items() if not isinstance(value, str)}
         for log in self.trackers if scalars else ():
             log(scalars, it)
 
 
-def write_status(out_dir: Path, it: int, state: str) -> None:
-    """OUT/status.json: running, finished, preempted or failed. Exit codes do not tell, since torchrun replaces them."""
+def spending(log: Monitor | None, kind: str) -> AbstractContextManager:
+    """:meth:`Monitor.spending` where there is a monitor."""
+    return log.spending(kind) if log else nullcontext()
+
+
+def write_status(out_dir: Path, it: int, state: str, reason: str = "") -> None:
+    """OUT/status.json: running, finished, preempted or failed, and why. Exit codes do not tell: torchrun replaces them."""
     partial = out_dir / ".status.json"
-    partial.write_text(json.dumps({"state": state, "iter": it, "time": time.time()}) + "\n")
+    partial.write_text(json.dumps({"state": state, "iter": it, "reason": reason, "time": time.time()}) + "\n")
     os.replace(partial, out_dir / "status.json")
 
 

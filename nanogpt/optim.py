@@ -1,7 +1,7 @@
 """Learning-rate schedule, AdamW on the fused kernel, and the dynamic loss scale of fp16: nothing here waits for the device."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -85,19 +85,27 @@ class AdamW(torch.optim.Optimizer):
         self.lr.fill_(lr)
 
     @torch.no_grad()
-    def step(self, max_norm: float = 0.0, loss_scale: LossScale | None = None) -> Tensor:
+    def step(
+        self,
+        max_norm: float = 0.0,
+        loss_scale: LossScale | None = None,
+        admits: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """One update from the gradients, which are used up: zero afterwards, or None.
 
         Args:
             max_norm: gradients are scaled down to this norm; 0: never.
             loss_scale: what the loss was multiplied by; it is updated.
+            admits: given the norm of the unscaled gradients, whether to update at all: a bool device scalar.
 
         Returns:
-            The norm of the unscaled gradients before clipping, an fp32 device scalar. If it is not finite, nothing was updated.
+            The norm of the unscaled gradients before clipping, an fp32 device scalar. If it is not finite, or was not admitted,
+            nothing was updated.
         """
         params = self.parameters()
         grads = [p.grad for p in params]
         norm = grad_norm(grads)
+        unscaled = norm if loss_scale is None else norm / loss_scale.value
         adamw_step(
             params,
             grads,
@@ -109,17 +117,15 @@ class AdamW(torch.optim.Optimizer):
             beta2=self.param_groups[0]["betas"][1],
             eps=self.param_groups[0]["eps"],
             weight_decays=[group["weight_decay"] for group in self.param_groups for _ in group["params"]],
-            norm=norm,
+            norm=norm if admits is None else torch.where(admits(unscaled), norm, torch.nan),
             max_norm=max_norm,
             grad_scale=None if loss_scale is None else loss_scale.value,
             zero_grad=self.keep_gradients,
         )
         if not self.keep_gradients:
             self.zero_grad(set_to_none=True)
-        if loss_scale is None:
-            return norm
-        unscaled = norm / loss_scale.value
-        loss_scale.update(norm)
+        if loss_scale is not None:
+            loss_scale.update(norm)
         return unscaled
 
     def state_dict(self) -> dict:

@@ -11,14 +11,17 @@ shared out among the processes.
 import math
 import os
 import random
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanogpt.config import TrainConfig, check_data, fail, parse
 
 if __name__ == "__main__":  # ahead of the heavy imports, so that a mistake is answered at once
+    STARTED = time.time()
     CONFIG = parse(TrainConfig, prog="train")
     check_data(CONFIG)
 
@@ -28,13 +31,16 @@ from torch import nn
 
 from kernels import dispatch
 from kernels.linear import shadow
-from nanogpt import checkpoint, distributed, monitor, tokenizer
+from nanogpt import anomaly, checkpoint, distributed, faults, monitor, tokenizer
 from nanogpt.data import find
 from nanogpt.data.loader import Loader, eval_batches
 from nanogpt.data.shards import SPLITS, open_dataset
+from nanogpt.guard import WHY, DivergenceError, Guard, Step, latest_stop, not_finite
 from nanogpt.model import GPT
 from nanogpt.optim import AdamW, LossScale, learning_rate
 from nanogpt.saver import Lock, Saver, abandon, clear
+from nanogpt.telemetry import Telemetry
+from nanogpt.watchdog import Watchdog
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "gelu")
 
@@ -52,14 +58,17 @@ class Run:
     wrapped: nn.Module  # what trains: the former, in DDP where there are several processes
     optimizer: AdamW
     loss_scale: LossScale | None  # fp16 only
+    guard: Guard
     saver: Saver
     lock: Lock | None  # of out_dir, in the main process where it writes there
     it: int = 0  # updates done
     evaluated: int = -1  # the `it` of the last evaluation
     val_loss: float = math.nan  # of the last evaluation
     best_val_loss: float = math.inf
+    stale: int = 0  # evaluations since the best
     resumed: bool = False
     final: int = -1  # the `it` of the final checkpoint that it resumed from
+    reason: str = ""  # why it ended, where max_iters is not it
 
     @property
     def out_dir(self) -> Path:
@@ -68,6 +77,12 @@ class Run:
     @property
     def tokens_per_update(self) -> int:
         return self.config.gradient_accumulation_steps * self.config.batch_size * self.config.block_size
+
+    @property
+    def last(self) -> int:
+        """The number of updates that the run consists of."""
+        enough = -(-self.config.max_tokens // self.tokens_per_update)
+        return min(self.config.max_iters, enough) if enough else self.config.max_iters
 
     def dataset(self) -> dict[str, Any]:
         """What the training data is known by, besides the loader's digest of its content."""
@@ -128,8 +143,11 @@ def setup(config: TrainConfig) -> Run:
     loss_scale = LossScale(world.device) if dtype == torch.float16 else None
     compiled = torch.compile(model) if config.compile else model
     wrapped = distributed.wrap(compiled, world, dtype)
+    guard = Guard(world.device, loss_scale, config.spike_guard, config.max_bad_steps)
     saver = Saver(Path(config.out_dir), config.keep_checkpoints, config.async_save)
-    run = Run(config, world, data_dir, loader, model, compiled, wrapped, optimizer, loss_scale, saver, lock)
+    run = Run(config, world, data_dir, loader, model, compiled, wrapped, optimizer, loss_scale, guard, saver, lock)
+    if config.patience and not open_dataset(data_dir).splits.get("val"):
+        raise ValueError(f"patience={config.patience}: {data_dir} has no split val to evaluate")
     if path:
         restore(run, path, state)
     if config.compile and dtype != torch.float32:
@@ -192,6 +210,8 @@ def restore(run: Run, path: Path, state: dict) -> None:
     run.it, run.evaluated = state["iter"], state["evaluated"]
     run.val_loss = math.nan if state["val_loss"] is None else state["val_loss"]
     run.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
+    run.stale = state.get("stale", 0)
+    run.guard.load_state(state.get("guard", {}))
     run.resumed, run.final = True, run.it if state["final"] else -1
     if len(state["rng"]) == run.world.size:
         distributed.restore_rng(state["rng"][run.world.rank], run.world.device)
@@ -241,6 +261,8 @@ def save(run: Run, status: str) -> bool:
         "evaluated": run.evaluated,
         "val_loss": run.val_loss if run.evaluated == run.it and math.isfinite(run.val_loss) else None,
         "best_val_loss": run.best_val_loss if math.isfinite(run.best_val_loss) else None,
+        "stale": run.stale,
+        "guard": run.guard.state(),
         "config": asdict(run.config),
         "model": asdict(run.model.config),
         "loader": run.loader.state(),
@@ -255,7 +277,7 @@ def save(run: Run, status: str) -> bool:
 
 
 @torch.no_grad()
-def evaluate(run: Run, stop: distributed.StopRequest) -> dict[str, float] | None:
+def evaluate(run: Run, stop: distributed.StopRequest, watchdog: Watchdog) -> dict[str, float] | None:
     """Mean loss of each split over its fixed set of windows, which the ranks share; None where any rank wants to stop."""
     c, world = run.config, run.world
     sizes = c.batch_size, c.block_size, c.eval_iters, world.rank, world.size
@@ -265,9 +287,11 @@ def evaluate(run: Run, stop: distributed.StopRequest) -> dict[str, float] | None
     batches = ((row, *xy) for row, split in zip(sums, splits) for xy in eval_batches(run.data_dir, split, *sizes, world.device))
     run.model.eval()
     for row, x, y in batches:
+        watchdog.at("evaluation")
         if len(x):
             _, loss = run.compiled(x, y)
             row += torch.stack([loss * len(x), torch.full_like(loss, len(x))])
+        watchdog.at("the end of an evaluation's batch")
         if stopping():
             run.model.train()
             return None
@@ -275,79 +299,102 @@ def evaluate(run: Run, stop: distributed.StopRequest) -> dict[str, float] | None
     return {split: loss / count for split, (loss, count) in zip(splits, distributed.total(sums).tolist())}
 
 
-def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest) -> str:
-    """The loop: exactly max_iters updates, the last one evaluated and saved.
+def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest, watchdog: Watchdog) -> str:
+    """The loop: exactly `run.last` updates, the last one evaluated and saved.
 
     Args:
         log: on the main process.
-        stop: true once the process was asked to end.
+        stop: true once the process is to end.
+        watchdog: is told where the loop is.
 
     Returns:
         "finished", "preempted" (asked to stop, and saved), "evaluated" (eval_only), or "failed": the last save did not succeed.
+
+    Raises:
+        DivergenceError: where the guard ends the run, on all ranks alike.
     """
     config, world, model, optimizer, loss_scale = run.config, run.world, run.wrapped, run.optimizer, run.loss_scale
     accumulation = config.gradient_accumulation_steps // world.size
     readback = distributed.Readback(world)
     votes = torch.zeros(2, device=world.device)  # of any rank to stop, of the main one to save
-    last_save = time.monotonic()
+    begun, last_save = run.it, time.monotonic()
+    if log:
+        log.begin()
 
     def report(steps: list[tuple[int, list[float]]]) -> tuple[bool, bool]:
-        """Logs the steps that have arrived from the device; (stop, save) as voted in them."""
-        for it, (loss, norm, *_) in steps:
+        """Logs and judges the steps that have arrived from the device; (stop, save) as voted in them."""
+        for it, (loss, _, _, norm, verdict) in steps:
             if log:
-                log.train(it, loss, norm, learning_rate(it, config))
-        return any(values[2] for _, values in steps), any(values[3] for _, values in steps)
+                log.train(it, loss, norm, learning_rate(it, config), WHY[int(verdict)])
+            run.guard.observe(Step(it, loss, norm, int(verdict)))
+        return any(values[1] for _, values in steps), any(values[2] for _, values in steps)
 
     def save_now(status: str = "running") -> bool:
         nonlocal last_save
+        watchdog.at("saving")
         report(readback.flush())
-        saved = save(run, status)
+        with monitor.spending(log, "checkpoint"):
+            broken = next(filter(None, distributed.gather(not_finite(run.model, optimizer), world)), "")
+            if broken and world.main:
+                checkpoint.log.warning("checkpoint not written: %s, or its moments, are not finite", broken)
+            saved = not broken and save(run, status)
         votes.zero_()
         last_save = time.monotonic()
-        if log:
-            log.throughput.start()
         return saved
 
     while True:
-        done = run.it >= config.max_iters
+        impatient = config.patience and run.stale >= config.patience
+        done = run.it >= run.last or impatient
         due = (run.it % config.eval_interval == 0 or done) and run.evaluated != run.it
         if due or config.eval_only:
             report(readback.flush())
-            losses = evaluate(run, stop)
+            with monitor.spending(log, "evaluation"):
+                losses = evaluate(run, stop, watchdog)
             if losses is None:  # to be done again by the run that resumes
                 return "preempted" if config.eval_only or save_now("preempted") else "failed"
             run.evaluated, run.val_loss = run.it, losses.get("val", math.nan)
             improved = run.val_loss < run.best_val_loss
+            run.stale = 0 if improved else run.stale + 1
             if improved:
                 run.best_val_loss = run.val_loss
             if log:
                 log.evaluation(run.it, losses)
-                log.throughput.start()
             if config.eval_only:
                 return "evaluated"
+            if config.patience and run.stale >= config.patience:
+                continue
             if not done and run.it > 0 and (improved or config.always_save_checkpoint):
                 save_now()
         if done:
+            if impatient:
+                run.reason = f"patience={config.patience}: no better validation loss in {run.stale} evaluations"
             return "finished" if run.final == run.it or save_now("finished") else "failed"
 
         optimizer.set_lr(learning_rate(run.it, config))
         mean_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
+            watchdog.at("reading data")
             x, y = next(run.loader)  # (B, T)
             with distributed.gradient_sync(model, micro_step == accumulation - 1):
+                watchdog.at("the forward pass")
                 _, loss = model(x, y)
                 loss = loss / accumulation
+                watchdog.at("the backward pass")
                 (loss if loss_scale is None else loss * loss_scale.value).backward()
             mean_loss += loss.detach()
-        norm = optimizer.step(config.grad_clip, loss_scale)
+
+        watchdog.at("the update")
+        if log and config.max_hours:
+            stop.until = latest_stop(config.max_hours, log.ledger, run.model.parameter_count(False), run.it - begun)
+        votes[0] = bool(stop)
+        if world.main and config.checkpoint_minutes and time.monotonic() - last_save > config.checkpoint_minutes * 60:
+            votes[1] = 1
+        shared = distributed.mean(torch.cat([mean_loss[None], votes]))  # what every rank decides by
+        norm = optimizer.step(config.grad_clip, loss_scale, partial(run.guard.admits, shared[0]))
         run.it += 1
         run.saver.poll()
 
-        if stop:
-            votes[0] = 1
-        if world.main and config.checkpoint_minutes and time.monotonic() - last_save > config.checkpoint_minutes * 60:
-            votes[1] = 1
-        arrived = readback.push(run.it - 1, torch.cat([torch.stack([mean_loss, norm]), votes]))
+        arrived = readback.put(run.it - 1, torch.cat([shared, torch.stack([norm, run.guard.verdict])]))
         stopping, saving = report(arrived)
         if stopping:
             return "preempted" if save_now("preempted") else "failed"
@@ -369,8 +416,12 @@ def banner(run: Run, peak: float | None) -> str:
         f"{c.n_embd} channels, vocabulary {c.vocab_size}, {c.gelu} GELU",
         f"data: {run.data_dir}, tokens: {counts}, sampling: {config.sampling}",
         f"tokens per update: {run.tokens_per_update:,} = {config.gradient_accumulation_steps} micro-steps x "
-        f"{config.batch_size} sequences x {config.block_size} tokens; updates: {run.it} to {config.max_iters:,}",
+        f"{config.batch_size} sequences x {config.block_size} tokens; updates: {run.it} to {run.last:,}",
     ]
+    if device.type == "cpu":
+        source = "OMP_NUM_THREADS" + ", which torchrun sets to 1 where it is not set" * ("TORCHELASTIC_RUN_ID" in os.environ)
+        why = source if "OMP_NUM_THREADS" in os.environ else "the cores, shared out"
+        lines.append(f"threads: {torch.get_num_threads()} a process ({why}), {distributed.cores()} cores")
     groups: dict[tuple[str, str], list[str]] = {}
     for op, choice in dispatch.explain(device.type).items():
         groups.setdefault(choice, []).append(op)
@@ -380,13 +431,20 @@ def banner(run: Run, peak: float | None) -> str:
     return "\n".join(lines)
 
 
-def main(config: TrainConfig) -> int:
-    """Runs a whole training; the exit code: 0, 1 where it failed, 2 (by SystemExit) where the user can set it right."""
+def main(config: TrainConfig, started: float | None = None) -> int:
+    """Runs a whole training; the exit code: 0, 1 where it failed, 2 where the user can set it right.
+
+    Args:
+        started: when the process was, by time.time(), for --max_hours and the account of time; None: now.
+    """
+    started = time.time() if started is None else started
     stop = distributed.StopRequest()
     log = None
     try:
+        injected = faults.requested(config.allow_fault_injection)
         run = setup(config)
         config, world, model = run.config, run.world, run.model
+        faults.install(run, injected)
         if world.main:
             run.out_dir.mkdir(parents=True, exist_ok=True)
             peak = config.peak_flops or None
@@ -394,7 +452,7 @@ def main(config: TrainConfig) -> int:
                 peak = monitor.peak_flops(torch.cuda.get_device_name(world.device), model.dtype)
             flops = model.flops_per_token(causal=False), model.flops_per_token(causal=True)
             throughput = monitor.Throughput(run.tokens_per_update, *flops, peak and peak * world.size)
-            log = monitor.Monitor(config, world.device, throughput, run.it, run.evaluated == run.it)
+            log = monitor.Monitor(config, world.device, throughput, run.it, run.evaluated == run.it, run.last, started)
             log.print(banner(run, peak))
             if log.telemetry.missing:
                 log.print(f"GPU sensors: {log.telemetry.missing}")
@@ -407,23 +465,57 @@ def main(config: TrainConfig) -> int:
                 tokenizer.save_beside(run.data_dir, run.out_dir)
                 monitor.write_status(run.out_dir, run.it, "running")
     except (ValueError, OSError) as error:
-        fail(error, "train")
-    state = "failed"
+        with distributed.abandoning(2):
+            fail(error, "train")
+    except (MemoryError, RuntimeError) as error:
+        if not anomaly.out_of_memory(error):
+            raise
+        with distributed.abandoning(2):
+            fail(ValueError(anomaly.memory_advice(config, distributed.pick_device(config.device), error)), "train")
+
+    def status(state: str, reason: str) -> None:
+        if world.main and not config.eval_only:
+            monitor.write_status(run.out_dir, run.it, state, reason)
+
+    # The main process's GPU is the monitor's
+    health = None if log else Telemetry(world.device, warn=partial(print, file=sys.stderr, flush=True))
+    watchdog = Watchdog(world, config.timeout, partial(status, "failed"))
+    state, code = "failed", None
     try:
-        state = train(run, log, stop)
+        state = train(run, log, stop, watchdog)
+        if state == "preempted":
+            run.reason = stop.reason
+    except DivergenceError as error:
+        run.reason = str(error)
+        if world.main:
+            print(anomaly.explain(run, error), file=sys.stderr)
+        if out := anomaly.directory(config):
+            print(anomaly.dump(run, error.first.it, out), file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not anomaly.out_of_memory(error):
+            raise
+        run.reason, code = anomaly.memory_advice(config, world.device, error), 2
+        print(f"train: rank {world.rank}: {run.reason}", file=sys.stderr)
     finally:
+        watchdog.close()
+        if health:
+            health.close()
         run.saver.close()
+        status(state, run.reason)
         if log:
-            if not config.eval_only:
-                monitor.write_status(run.out_dir, run.it, state)
-            log.print(f"{state} after {run.it} updates; {run.out_dir}")
-            log.close(run.it, state)
+            because = f" ({run.reason.splitlines()[0]})" if run.reason else ""
+            log.print(f"{state} after {run.it} updates; {run.out_dir}{because}")
+            log.close(run.it, state, run.reason)
     run.loader.close()
     if run.lock:
         run.lock.release()
+    if code:  # the other ranks do not know
+        with distributed.abandoning(code):
+            return code
+    run.wrapped = None
     distributed.shutdown()
     return 1 if state == "failed" else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(CONFIG))
+    raise SystemExit(main(CONFIG, STARTED))

@@ -13,7 +13,8 @@ import torch
 
 from nanogpt import monitor
 from nanogpt.config import TrainConfig
-from nanogpt.monitor import MetricsFile, Monitor, Telemetry, Throughput, duration, peak_flops
+from nanogpt.monitor import MetricsFile, Monitor, Throughput, duration, peak_flops
+from nanogpt.telemetry import Telemetry
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_duration(seconds, text):
 
 
 class FakeNvml(types.SimpleNamespace):
-    """Two readings, then silence; the temperature sensor is missing."""
+    """Two readings, then silence; the temperature sensor is missing, and all that tells of the GPU's health."""
 
     class NVMLError(Exception):
         pass
@@ -103,11 +104,15 @@ class FakeNvml(types.SimpleNamespace):
             raise self.NVMLError("Unknown Error")
         return value
 
-    def nvmlDeviceGetTemperature(self, handle, sensor):  # noqa: N802
+    def nvmlDeviceGetTemperature(self, *args):  # noqa: N802
         raise self.NVMLError("Not Supported")
 
     def nvmlDeviceGetClockInfo(self, handle, clock):  # noqa: N802
         return 1410
+
+    NVML_TEMPERATURE_THRESHOLD_SLOWDOWN = NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = 1
+    nvmlDeviceGetTemperatureThreshold = nvmlDeviceGetTotalEccErrors = nvmlDeviceGetTemperature  # noqa: N815
+    nvmlDeviceGetRemappedRows = nvmlDeviceGetCurrentClocksEventReasons = nvmlEventSetCreate = nvmlDeviceGetTemperature  # noqa: N815
 
 
 def fake_gpu(monkeypatch):
@@ -180,7 +185,7 @@ def test_monitor_prints_nanogpts_lines_and_records_them(tmp_path, capsys):
     log.close(12, "finished")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 0: train loss 4.2500, val loss 4.5000"
-    assert [line.split(":")[0] for line in lines[1:]] == ["iter 0", "iter 10"]
+    assert [line.split(":")[0] for line in lines[1:]] == ["iter 0", "iter 10", "goodput"]
     assert re.match(
         r"iter 10: loss 3\.0000, time 1000\.00ms, mfu 6\.40%, causal 5\.76%, lr 1\.00e-03, norm 1\.500, 64 tok/s", lines[2]
     )
@@ -194,12 +199,12 @@ def test_monitor_prints_nanogpts_lines_and_records_them(tmp_path, capsys):
 
 def test_monitor_reports_a_skipped_update_at_once(tmp_path, capsys):
     log = new_monitor(tmp_path, peak=None)
-    log.train(3, float("nan"), float("inf"), 1e-3)
+    log.train(3, float("nan"), float("inf"), 1e-3, "not finite")
     log.close(4, "failed")
     out = capsys.readouterr().out
     assert "iter 3: loss nan" in out
     assert "mfu n/a" in out
-    assert out.rstrip().endswith("not finite, update skipped")
+    assert out.splitlines()[0].endswith("not finite, update skipped")
     assert records(tmp_path / "metrics.jsonl")[1]["grad_norm"] == "inf"
 
 

@@ -178,12 +178,12 @@ KILLED = """
 import os, signal, sys
 from nanogpt import config, distributed, train
 number, rank, at = sys.argv[1:4]
-push = distributed.Readback.push
+put = distributed.Readback.put
 def signalled(self, it, values):
     if it == int(at) and self.world.rank == int(rank):
         os.kill(os.getpid(), getattr(signal, number))
-    return push(self, it, values)
-distributed.Readback.push = signalled
+    return put(self, it, values)
+distributed.Readback.put = signalled
 sys.exit(train.main(config.load(config.TrainConfig, sys.argv[4:])))
 """
 
