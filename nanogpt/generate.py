@@ -142,8 +142,8 @@ class Text:
         if token == self.end:
             self.ended = True
             return self.close()
-        self.tokens.append(token)
         text = self.held + self.decoder.decode(self.encoder.decode_bytes([token]))
+        self.tokens.append(token)
         found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
         if found:  # the one complete first counts
             self.ended, self.held = True, ""

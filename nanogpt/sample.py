@@ -1,4 +1,4 @@
-"""Text from a trained model: ``python -m nanogpt.sample --out_dir=out --start="To be"``.
+"""Text from a trained model: ``python -m nanogpt.sample --out_dir=out --start="To be"``, or a conversation with ``--chat``.
 
 The samples are drawn together, in one batch; the first appears as it is drawn, the others when all are done.
 """
@@ -12,6 +12,7 @@ import torch
 
 from kernels import dispatch
 from nanogpt import checkpoint, data, tokenizer
+from nanogpt.chat import Chat, talk
 from nanogpt.config import fail, key, parse
 from nanogpt.distributed import pick_device, pick_dtype
 from nanogpt.generate import Text, write
@@ -52,6 +53,7 @@ class SampleConfig(LoadConfig):
     top_p: float = key(1.0, "only the likeliest tokens that together have this probability")
     stop: str = key("", "text, such as <|endoftext|>, that ends a sample and is not printed (empty: none)")
     seed: int = key(1337, "of the draws")
+    chat: bool = key(False, "a conversation, with start as its beginning, in place of num_samples texts")
     compile: bool = key(False, "nanoGPT's; the KV cache took its place, so nothing is compiled")
 
     def check(self) -> None:
@@ -124,10 +126,14 @@ def run(config: SampleConfig) -> None:
         ValueError: for what the user can set right.
     """
     model, encoder = load(config)
-    prompt = encoder.encode(read_start(config.start))
+    start, stop = read_start(config.start), [config.stop] if config.stop else []
+    if config.chat:
+        talk(Chat(model, encoder, start, config.max_new_tokens, stop, config.seed, config.sampling()))
+        return
+    prompt = encoder.encode(start)
     if not prompt:
         raise ValueError("start=: the prompt has no token; a line end (the default) is the neutral one")
-    rows = [Text(encoder, [config.stop] if config.stop else []) for _ in range(config.num_samples)]
+    rows = [Text(encoder, stop) for _ in range(config.num_samples)]
     texts = [[encoder.decode(prompt)] for _ in rows]
     print(texts[0][0], end="", flush=True)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
