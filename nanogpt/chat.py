@@ -4,6 +4,7 @@ The transcript is the model's context. What the user types begins a line of it, 
 """
 
 import io
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -94,6 +95,25 @@ class Chat:
             self.transcript += text.tokens
 
 
+class Interrupt:
+    """What Ctrl-C does: gives up the line that is being typed, or asks the answer to stop; never anything in between."""
+
+    def __init__(self):
+        self.reading = self.stop = False
+
+    def __call__(self, signum: int, frame: object) -> None:
+        self.stop = True
+        if self.reading:
+            self.reading = False
+            raise KeyboardInterrupt
+
+    def read(self, prompt: str) -> str:
+        self.reading = True
+        line = input(prompt)
+        self.reading = self.stop = False
+        return line
+
+
 def talk(chat: Chat) -> None:
     """Reads lines and prints answers until the input ends. At a terminal with editing and history, where readline is there."""
     for file, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
@@ -104,41 +124,48 @@ def talk(chat: Chat) -> None:
         with suppress(ImportError):
             import readline  # noqa: F401 (input() uses it from here on)
         print("Type the beginning of a text; /help lists the commands.")
-    while True:
-        try:
-            line = input("> " if terminal else "")
-        except EOFError:
-            if terminal:
+    interrupt = Interrupt()
+    earlier = signal.signal(signal.SIGINT, interrupt)
+    try:
+        while True:
+            try:
+                line = interrupt.read("> " if terminal else "")
+            except EOFError:
+                print(end="\n" if terminal else "")
+                return
+            except KeyboardInterrupt:
+                if not terminal:
+                    raise SystemExit(130) from None
                 print()
-            return
-        except KeyboardInterrupt:
-            if not terminal:
-                raise SystemExit(130) from None
-            print()
-            continue
-        if line.startswith("/") and not line.startswith("//"):
-            match line.strip():
-                case "/quit":
+                continue
+            if line.startswith("/") and not line.startswith("//"):
+                if not command(chat, line.strip()):
                     return
-                case "/reset":
-                    chat.reset()
-                case "/help":
-                    print(HELP)
-                case command:
-                    print(f"chat: {command}: no such command; /help lists them", file=sys.stderr)
-            continue
-        try:
-            chat.say(line[1:] if line.startswith("//") else line)
-        except ValueError as error:
-            print(f"chat: {error}", file=sys.stderr)
-            continue
-        shown = ""
-        try:
+                continue
+            try:
+                chat.say(line[1:] if line.startswith("//") else line)
+            except ValueError as error:
+                print(f"chat: {error}", file=sys.stderr)
+                continue
+            shown = ""
             with closing(chat.reply()) as pieces:
                 for piece in pieces:
                     print(piece, end="", flush=True)
                     shown = piece or shown
-        except KeyboardInterrupt:
-            shown = "^C"
-        if not shown.endswith("\n"):
-            print(flush=True)
+                    if interrupt.stop:
+                        break
+            if interrupt.stop or not shown.endswith("\n"):
+                print(flush=True)
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def command(chat: Chat, name: str) -> bool:
+    """Obeys a line that begins with a slash; False ends the conversation."""
+    if name == "/reset":
+        chat.reset()
+    elif name == "/help":
+        print(HELP)
+    elif name != "/quit":
+        print(f"chat: {name}: no such command; /help lists them", file=sys.stderr)
+    return name != "/quit"
