@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 PRESETS = Path(__file__).parent / "configs"
+GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 T = TypeVar("T")
 
 
@@ -60,13 +61,15 @@ class GPTConfig:
 class TrainConfig:
     """Every key of nanoGPT's ``train.py``, under its name, and ours."""
 
+    given = frozenset()  # the keys that a file or the command line set, where :func:`load` made this
+
     out_dir: str = key("out", "where checkpoints and metrics go", "Input and output")
     eval_interval: int = key(2000, "updates between evaluations")
     log_interval: int = key(1, "updates between log lines")
     eval_iters: int = key(200, "batches of batch_size per evaluated split, shared by the processes")
     eval_only: bool = key(False, "evaluate once and stop")
     always_save_checkpoint: bool = key(True, "save at every evaluation, not only at a new best")
-    init_from: str = key("scratch", "scratch or resume")
+    init_from: str = key("scratch", "scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path of weights")
     resume: int = key(0, "resume from this step rather than the newest that verifies (0: newest)")
     overwrite: bool = key(False, "from scratch: delete the checkpoints that out_dir holds")
     keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best and the final one (at least 2)")
@@ -159,9 +162,7 @@ class TrainConfig:
         require("keep_checkpoints", self.keep_checkpoints >= 2, "must be at least 2: one alone may prove unreadable")
         device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
         require("device", device, "expected auto, cpu, cuda, cuda:N or mps")
-        gpt2 = self.init_from.startswith("gpt2")
-        require("init_from", not gpt2, "this release trains from scratch or resumes; it does not read GPT-2's weights")
-        require("init_from", self.init_from in ("scratch", "resume"), "expected scratch or resume")
+        check_init_from(self.init_from, ("scratch", "resume"))
         n = int(os.environ.get("WORLD_SIZE", "1"))
         require(
             "gradient_accumulation_steps",
@@ -193,6 +194,13 @@ def check_data(config: TrainConfig) -> None:
             )
     except ValueError as error:
         fail(error, "train")
+
+
+def check_init_from(value: str, words: tuple[str, ...]) -> None:
+    """ValueError unless it is one of the words, a size of GPT-2, or a path that exists."""
+    known = (*words, *GPT2_SIZES)
+    if value not in known and not (value and Path(value).exists()):
+        raise ValueError(f"init_from={value}: neither {', '.join(known)} nor a path that exists{_nearest(value, known)}")
 
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, presets: Path | None = PRESETS, prog: str = "") -> T:
@@ -251,6 +259,7 @@ def load(cls: type[T], argv: Sequence[str], presets: Path | None = PRESETS) -> T
     for name in files:
         values |= read_file(cls, _locate(name, presets))
     config = cls(**values | options)
+    config.given = frozenset(values | options)
     if hasattr(config, "check"):
         config.check()
     return config

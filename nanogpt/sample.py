@@ -6,14 +6,13 @@ The samples are drawn together, in one batch; the first appears as it is drawn, 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kernels import dispatch
-from nanogpt import checkpoint, data, tokenizer
+from nanogpt import pretrained
 from nanogpt.chat import Chat, talk
-from nanogpt.config import fail, key, parse
+from nanogpt.config import check_init_from, fail, key, parse
 from nanogpt.distributed import pick_device, pick_dtype
 from nanogpt.generate import Text, write
 from nanogpt.model import GPT
@@ -26,19 +25,14 @@ RULE = "---------------"
 class LoadConfig:
     """Which model, and where it computes."""
 
-    init_from: str = key("resume", "resume: the checkpoint in out_dir", "Model")
+    init_from: str = key("resume", "resume: the checkpoint in out_dir; gpt2, gpt2-medium, ...; or a path of weights", "Model")
     out_dir: str = key("out", "a training run's directory (its best checkpoint is taken) or one checkpoint, OUT/step-N")
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key("auto", "of activations and GEMMs", "", ("auto", "float32", "bfloat16", "float16"))
     kernels: str = key("auto", "backend of every op that has it", "", ("auto", "triton", "cuda", "cpp", "torch"))
 
     def check(self) -> None:
-        if self.init_from.startswith("gpt2"):
-            raise ValueError(
-                f"init_from={self.init_from}: this release samples its own checkpoints; GPT-2's weights are not read"
-            )
-        if self.init_from != "resume":
-            raise ValueError(f"init_from={self.init_from}: expected resume")
+        check_init_from(self.init_from, ("resume",))
 
 
 @dataclass
@@ -74,26 +68,6 @@ class SampleConfig(LoadConfig):
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
 
-def find_tokenizer(out_dir: Path, state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer saved with a checkpoint, else that of the data it was trained on.
-
-    Raises:
-        ValueError: where there is neither.
-    """
-    run = out_dir.parent if (out_dir / checkpoint.MANIFEST).exists() else out_dir
-    for directory in dict.fromkeys((out_dir, run)):
-        if found := tokenizer.load(directory):
-            return found
-    dataset = state.get("data_dir") or state.get("config", {}).get("dataset", "")
-    try:
-        found = tokenizer.load(data.find(dataset))
-    except ValueError as error:
-        raise ValueError(f"{out_dir}: no {tokenizer.FILE} in it, and {error}") from error
-    if found is None:
-        raise ValueError(f"{out_dir}: neither it nor dataset={dataset} has a {tokenizer.FILE}")
-    return found
-
-
 def read_start(start: str) -> str:
     if not start.startswith("FILE:"):
         return start
@@ -111,12 +85,8 @@ def load(config: LoadConfig) -> tuple[GPT, Tokenizer]:
     """
     dispatch.use(config.kernels)
     device = pick_device(config.device)
-    out_dir = Path(config.out_dir)
-    model, state = checkpoint.load_model(out_dir, device, pick_dtype(config.dtype, device))
-    encoder = find_tokenizer(out_dir, state)
-    if encoder.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{out_dir}: a tokenizer of {encoder.vocab_size} tokens for a model of {model.config.vocab_size}")
-    return model, encoder
+    source = config.out_dir if config.init_from == "resume" else config.init_from
+    return pretrained.load_model(source, device, pick_dtype(config.dtype, device))
 
 
 def run(config: SampleConfig) -> None:

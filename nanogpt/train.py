@@ -31,18 +31,17 @@ from torch import nn
 
 from kernels import dispatch
 from kernels.linear import shadow
-from nanogpt import anomaly, checkpoint, distributed, faults, monitor, tokenizer
+from nanogpt import anomaly, checkpoint, distributed, faults, monitor, pretrained, tokenizer
 from nanogpt.data import find
 from nanogpt.data.loader import Loader, eval_batches
 from nanogpt.data.shards import SPLITS, open_dataset
 from nanogpt.guard import WHY, DivergenceError, Guard, Step, latest_stop, not_finite
 from nanogpt.model import GPT
 from nanogpt.optim import AdamW, LossScale, learning_rate
+from nanogpt.pretrained import SHAPE
 from nanogpt.saver import Lock, Saver, abandon, clear
 from nanogpt.telemetry import Telemetry
 from nanogpt.watchdog import Watchdog
-
-SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "gelu")
 
 
 @dataclass
@@ -107,11 +106,20 @@ def setup(config: TrainConfig) -> Run:
     dtype = distributed.pick_dtype(config.dtype, world.device)
 
     lock = take_out_dir(config, world)
-    path = starting_checkpoint(config, world)
+    ckpt = pretrained.starting_ckpt(config)
+    path = None if ckpt else starting_checkpoint(config, world)
     state = checkpoint.run_state(path) if path else {}
+    weights = None
     if path:  # the shape of the network comes from the checkpoint
         saved = checkpoint.model_config(state, path)
+        other = [key for key in pretrained.asked(config) if getattr(config, key) != getattr(saved, key)]
+        if other and world.main:
+            differ = "; ".join(f"{key}={getattr(saved, key)}, not {getattr(config, key)}" for key in other)
+            print(f"the network's shape is that of {path}: {differ}", flush=True)
         config = replace(config, **{key: getattr(saved, key) for key in SHAPE})
+    elif ckpt or config.init_from != "scratch":
+        weights = pretrained.load(ckpt or config.init_from)
+        config = pretrained.adopt(config, weights)
 
     seed = config.seed + world.rank
     random.seed(seed)
@@ -129,10 +137,11 @@ def setup(config: TrainConfig) -> Run:
         sampling=config.sampling,
         device=world.device,
     )
-    shape = config.model(loader.vocab_size)
-    if loader.vocab_size == 50257:  # as nanoGPT: a width that GEMMs like
-        shape = replace(shape, vocab_size=50304, real_vocab_size=50257)
-    model = GPT(shape, dtype).to(world.device)
+    if weights:
+        pretrained.check_vocabulary(weights, config.dataset, loader.vocab_size)
+        model = weights.model(world.device, dtype, config.block_size, config.dropout)
+    else:
+        model = GPT(pretrained.pad_vocabulary(config.model(loader.vocab_size)), dtype).to(world.device)
     optimizer = AdamW(
         model.decay_groups(),
         lr=config.learning_rate,
@@ -150,6 +159,8 @@ def setup(config: TrainConfig) -> Run:
         raise ValueError(f"patience={config.patience}: {data_dir} has no split val to evaluate")
     if path:
         restore(run, path, state)
+    elif ckpt:
+        restore_ckpt(run, weights)
     if config.compile and dtype != torch.float32:
         # Before the first step, whose code would not hold for the second otherwise; after restore(), as compiled code takes a
         # shadow as it is
@@ -242,6 +253,17 @@ def restore_data(run: Run, path: Path, state: dict) -> None:
         )
     elif run.world.main:
         print(f"another data order, from its beginning: {'; '.join(differ)}", flush=True)
+
+
+def restore_ckpt(run: Run, weights: pretrained.Weights) -> None:
+    """Continues a run of nanoGPT's: its updates, its optimizer's state; data order and dropout are this run's own."""
+    if not weights.optim:
+        raise ValueError(f"{weights.source}: no optimizer state in it; --init_from={weights.source} starts anew from it")
+    optim = {name: pretrained.resized(name, t, run.model.config) for name, t in weights.optim.items()}
+    checkpoint.restore_optim(run.model, run.optimizer, None, optim, Path(weights.source))
+    run.it, run.best_val_loss, run.resumed = weights.iter_num, weights.best_val_loss, True
+    if run.world.main:
+        print(f"continuing {weights.source} of nanoGPT after {run.it} updates", flush=True)
 
 
 def save(run: Run, status: str) -> bool:

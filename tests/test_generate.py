@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import checkpoint, sample, tokenizer
+from nanogpt import checkpoint, pretrained, sample, tokenizer
 from nanogpt.config import GPTConfig
 from nanogpt.generate import Text, choose, generate, stream
 from nanogpt.model import GPT
@@ -198,7 +198,7 @@ def test_greedy_samples_are_equal(run_dir, capsys):
         ("--start=xyz", "'x'"),
         ("--start=", "no token"),
         ("--start=FILE:none.txt", "none.txt"),
-        ("--init_from=gpt2", "gpt2"),
+        ("--init_from=gpt", "did you mean gpt2?"),
         ("--out_dir=/nonexistent", "/nonexistent"),
     ],
 )
@@ -213,10 +213,14 @@ def test_command_refuses_in_one_line(run_dir, capsys, option, message):
 
 def test_tokenizer_is_found_with_the_data(tmp_path):
     tokenizer.save(CharTokenizer("xy"), tmp_path)
-    found = sample.find_tokenizer(tmp_path / "out", {"config": {"dataset": str(tmp_path)}})
-    assert found.characters == "xy"
-    with pytest.raises(ValueError, match=r"no tokenizer\.json in it, and dataset=gone"):
-        sample.find_tokenizer(tmp_path / "out", {"config": {"dataset": "gone"}})
+
+    def weights(dataset):
+        state = {"config": {"dataset": dataset}}
+        return pretrained.Weights("out", GPTConfig(vocab_size=2), {}, directory=tmp_path / "out", state=state)
+
+    assert pretrained.find_tokenizer(weights(str(tmp_path))).characters == "xy"
+    with pytest.raises(ValueError, match=r"no tokenizer\.json beside it, and dataset=gone"):
+        pretrained.find_tokenizer(weights("gone"))
 
 
 class Bytes:
