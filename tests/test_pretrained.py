@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import socket
 import sys
 from dataclasses import asdict
@@ -35,6 +36,14 @@ SIZES = {
 
 
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    before = {number: signal.getsignal(number) for number in train.distributed.StopRequest.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def random_gpt2(activation_function="gelu_new", **sizes):
