@@ -1,15 +1,12 @@
 """nanogpt.train as its users start it: real processes, one and two, stopped by signals and resumed, on a small text."""
 
 import functools
-import json
 import logging
 import math
 import os
 import re
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,22 +19,12 @@ from nanogpt.config import TrainConfig, load
 from nanogpt.data.loader import Loader
 from nanogpt.model import GPT
 from nanogpt.optim import learning_rate
-
-ROOT = Path(__file__).parent.parent
-TINY = {"device": "cpu", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "eval_iters": 3}
-TINY |= {"gradient_accumulation_steps": 2, "max_iters": 12, "eval_interval": 5, "warmup_iters": 2, "lr_decay_iters": 12}
-TINY |= {"learning_rate": 1e-2, "min_lr": 1e-3}
+from tests.runs import KILLED, ROOT, TORCHRUN, arguments, losses, records, run, start, status, walk
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Random walks over 32 tokens, in nanoGPT's headerless form."""
-    path = tmp_path_factory.mktemp("walk")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 20_000), ("val", 3000)):
-        (np.cumsum(generator.integers(-1, 2, count)) % 32).astype(np.uint16).tofile(path / f"{split}.bin")
-    (path / "dataset.json").write_text('{"vocab_size": 32}')
-    return path
+    return walk(tmp_path_factory.mktemp("walk"))
 
 
 @pytest.fixture(autouse=True)
@@ -46,35 +33,6 @@ def _handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def arguments(data, out_dir, **keys):
-    return [f"--{key}={value}" for key, value in (TINY | {"dataset": data, "out_dir": out_dir} | keys).items()]
-
-
-def run(data, out_dir, **keys):
-    """A run in this process."""
-    return train.main(load(TrainConfig, arguments(data, out_dir, **keys)))
-
-
-def start(command, **environment):
-    """A run in processes of its own; (exit code, stdout, stderr)."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr
-
-
-def records(out_dir, kind):
-    lines = (json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
-
-
-def losses(out_dir):
-    return [(r["iter"], r["loss"]) for r in records(out_dir, "train")]
-
-
-def status(out_dir):
-    return json.loads((Path(out_dir) / "status.json").read_text())
 
 
 def test_exactly_max_iters_updates_the_last_one_evaluated_and_saved(data, tmp_path, capsys):
@@ -173,21 +131,6 @@ def test_first_100_losses_equal_those_of_plain_pytorch(data, tmp_path):
     loader.close()
 
 
-# A run that sends itself a signal while update N runs on rank R, as a scheduler would
-KILLED = """
-import os, signal, sys
-from nanogpt import config, distributed, train
-number, rank, at = sys.argv[1:4]
-put = distributed.Readback.put
-def signalled(self, it, values):
-    if it == int(at) and self.world.rank == int(rank):
-        os.kill(os.getpid(), getattr(signal, number))
-    return put(self, it, values)
-distributed.Readback.put = signalled
-sys.exit(train.main(config.load(config.TrainConfig, sys.argv[4:])))
-"""
-
-
 @pytest.mark.parametrize(("number", "keys"), [("SIGTERM", {"gradient_accumulation_steps": 3, "dropout": 0.2})])
 def test_r13_stopped_and_resumed_as_if_never_stopped(data, tmp_path, number, keys):
     code, _, err = start(["-m", "nanogpt.train", *arguments(data, tmp_path / "whole", **keys)])
@@ -251,9 +194,6 @@ def test_r13_an_evaluation_is_stopped_and_done_again(data, tmp_path, processes):
     assert code == 0, err
     assert out.count("batches: 2\n") == processes
     assert "preempted after 12 updates" in out
-
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.mark.slow
