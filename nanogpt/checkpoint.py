@@ -195,7 +195,7 @@ def check_sizes(path: Path) -> dict:
         raise ValueError(f"{path / MANIFEST}: of step {manifest.get('step')}")
     files, tensors = manifest.get("files"), manifest.get("tensors")
     if not isinstance(files, dict) or files.keys() != set(FILES):  # no other name, so none that leads elsewhere
-        raise ValueError(f"{path / MANIFEST}: its files are {files!r:.200}, not {', '.join(FILES)}")
+        raise ValueError(f"{path / MANIFEST}: its files are {list(files or ())!s:.200}, not {', '.join(FILES)}")
     if not isinstance(tensors, dict) or not all(isinstance(entries, dict) for entries in tensors.values()):
         raise ValueError(f"{path / MANIFEST}: its tensors are not listed by file and name")
     for entry in [*files.values(), *(entry for entries in tensors.values() for entry in entries.values())]:

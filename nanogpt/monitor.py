@@ -6,6 +6,7 @@ MFU (model FLOPs utilisation) is printed under two names, because projects count
 """
 
 import atexit
+import errno
 import json
 import logging
 import math
@@ -120,13 +121,23 @@ class MetricsFile:
         partial = path.with_name(f".{path.name}")
         partial.write_text("".join(line + "\n" for line in kept if start or evaluated))
         os.replace(partial, path)
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self.pending, self.refused = b"", False
         self._lock = threading.Lock()  # the GPU's thread writes too
 
     def write(self, record: dict[str, Any]) -> None:
-        line = json.dumps({k: _plain(v) for k, v in record.items()}, allow_nan=False) + "\n"
+        """Appends a line; on a full disk it waits in memory, and is written with the first that finds space."""
+        line = json.dumps({k: _plain(v) for k, v in record.items()}, allow_nan=False).encode() + b"\n"
         with self._lock:
-            self.file.write(line)
+            self.pending += line
+            try:
+                while self.pending:
+                    self.pending = self.pending[self.file.write(self.pending) :]
+                self.refused = False
+            except OSError as error:
+                if not self.refused:
+                    log.warning("%s: %s; its lines wait in memory", self.file.name, error.strerror)
+                self.refused = True
 
     def close(self) -> None:
         with self._lock:
@@ -187,7 +198,11 @@ class Console:
 
     def print(self, line: str) -> None:
         if self.progress is None:
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # into a file: Python keeps the line for the next print
+                    raise
         else:
             self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -324,8 +339,8 @@ class Monitor:
             spent = self.ledger.spent()
             self.metrics.write({"kind": kind, "iter": it, "time": time.time(), **values, "spent": spent})
         scalars = {f"{kind}/{name}": value for name, value in values.items() if not isinstance(value, str)}
-        for log in self.trackers if scalars else ():
-            log(scalars, it)
+        for track in self.trackers if scalars else ():
+            track(scalars, it)
 
 
 def spending(log: Monitor | None, kind: str) -> AbstractContextManager:
@@ -336,8 +351,11 @@ def spending(log: Monitor | None, kind: str) -> AbstractContextManager:
 def write_status(out_dir: Path, it: int, state: str, reason: str = "") -> None:
     """OUT/status.json: running, finished, preempted or failed, and why. Exit codes do not tell: torchrun replaces them."""
     partial = out_dir / ".status.json"
-    partial.write_text(json.dumps({"state": state, "iter": it, "reason": reason, "time": time.time()}) + "\n")
-    os.replace(partial, out_dir / "status.json")
+    try:
+        partial.write_text(json.dumps({"state": state, "iter": it, "reason": reason, "time": time.time()}) + "\n")
+        os.replace(partial, out_dir / "status.json")
+    except OSError as error:  # a full disk ends no run
+        log.warning("%s: not written: %s", out_dir / "status.json", error.strerror)
 
 
 def duration(seconds: float) -> str:

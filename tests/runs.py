@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from nanogpt import train
+from nanogpt import checkpoint, train
 from nanogpt.config import TrainConfig, load
+from nanogpt.saver import Saver
 
 ROOT = Path(__file__).parent.parent
 TINY = {"device": "cpu", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "eval_iters": 3}
@@ -70,3 +73,38 @@ sys.exit(train.main(config.load(config.TrainConfig, sys.argv[4:])))
 """
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def save_forever(out_dir, pipe):
+    """Saves one checkpoint after another in the background, telling first the step it starts from, then each one saved."""
+    checkpoint.recover(out_dir)
+    checkpoint.tidy(out_dir)
+    step = int(checkpoint.find(out_dir).name[5:]) if checkpoint.steps(out_dir) else 0
+    pipe.send(step)
+    saver = Saver(out_dir, keep=2)
+    while True:
+        step += 1
+        tensors = {name: torch.full((width,), float(step)) for name, width in (("w", 200_000), ("b", 7))}
+        saver.save(step, tensors, tensors, {"iter": step})
+        assert saver.wait()
+        pipe.send(step)
+
+
+def save_until(out_dir, step, call):
+    """One save and what follows it, ended by SIGKILL at the CALL-th of its calls that change the directory."""
+    left = [call]
+
+    def killing(function):
+        def counted(*args, **keys):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **keys)
+
+        return counted
+
+    for name in ("mkdir", "fsync", "rename", "unlink", "rmdir"):
+        setattr(os, name, killing(getattr(os, name)))
+    tensors = {"w": torch.full((1000,), float(step))}
+    saver = Saver(out_dir, keep=2)
+    assert saver.save(step, tensors, tensors, {"iter": step}, wait=True)

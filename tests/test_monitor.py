@@ -13,7 +13,7 @@ import torch
 
 from nanogpt import monitor
 from nanogpt.config import TrainConfig
-from nanogpt.monitor import MetricsFile, Monitor, Throughput, duration, peak_flops
+from nanogpt.monitor import Console, MetricsFile, Monitor, Throughput, duration, peak_flops, write_status
 from nanogpt.telemetry import Telemetry
 
 
@@ -150,6 +150,33 @@ def test_telemetry_missing_is_said_and_harmless(monkeypatch, why):
 
 def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_r06_metrics_wait_in_memory_while_the_disk_is_full(tmp_path, caplog):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0, False)
+    whole = file.file
+    with open("/dev/full", "ab", buffering=0) as file.file:
+        for it in range(2):
+            file.write({"kind": "train", "iter": it})
+    file.file = whole
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert caplog.text.count("/dev/full: No space left on device; its lines wait in memory") == 1
+    file.write({"kind": "train", "iter": 2})
+    file.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iter"] for line in lines] == [0, 1, 2]
+
+
+def test_r06_a_full_disk_behind_stdout_or_the_status_ends_no_run(tmp_path, caplog, monkeypatch):
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - not even its closing succeeds
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        Console(0, 1).print("line")
+    with pytest.raises(OSError, match="No space"):
+        full.close()
+    (tmp_path / ".status.json").symlink_to("/dev/full")
+    write_status(tmp_path, 3, "running")
+    assert "status.json: not written: No space left on device" in caplog.text
 
 
 def test_metrics_file_drops_what_will_happen_again(tmp_path):
