@@ -120,21 +120,13 @@ def missing(requirements: list[str]) -> list[str]:
     return names
 
 
-def nvcc() -> tuple[str, str]:
-    """Path and release of the CUDA compiler; empty without one."""
-    homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
-    for path in [*(f"{home}/bin/nvcc" for home in homes), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]:
-        release = re.search(r"release (\d+\.\d+)", output(path, "--version")) if path else None
-        if release:
-            return path, release[1]
-    return "", ""
-
-
 def tools(torch_cuda: str | None) -> dict[str, str]:
     """Compilers, and whether they fit."""
+    from kernels.report_cuda import find_nvcc
+
     compiler = os.environ.get("CXX", "c++").split()[0]
     version = output(compiler, "--version").partition("\n")[0]
-    path, release = nvcc()
+    path, release = find_nvcc()
     report = {"C++": version or f"{compiler} does not run: the install is pure Python", "nvcc": "none"}
     if path:
         fit = "PyTorch is built without CUDA" if torch_cuda is None else f"PyTorch's is {torch_cuda}: "
@@ -238,9 +230,10 @@ def examine(with_trial: bool = True) -> dict[str, Any]:
     report: dict[str, Any] = {
         "versions": {"nanogpt": f"{ours} ({ROOT})", "python": python, "system": platform.platform(), "torch": state}
     }
-    problems = []
     if Path(kernels.__file__ or "").parent != ROOT / "kernels":
-        problems.append(f"another package named kernels hides ours: pip uninstall kernels ({kernels.__file__})")
+        hidden = f"another package named kernels hides ours: pip uninstall kernels ({kernels.__file__})"
+        return report | {"problems": [hidden]}
+    problems = []
     if sys.version_info < OLDEST_PYTHON:
         problems.append(f"Python {platform.python_version()} is too old: install 3.11 or later")
     absent, needed = packages()

@@ -1,69 +1,90 @@
 """What nvcc makes of every .cu file, without a GPU: strict warnings, no spills, 128-bit accesses, for sm_80 and sm_90a."""
 
-import importlib.util
 import re
-import runpy
-import subprocess
-from pathlib import Path
+import sys
 
 import pytest
-import setuptools
 
-CSRC = Path(__file__).parent.parent / "csrc"
-SOURCES = sorted(CSRC.glob("*.cu"))
-# Kernels that stream through memory, in 128-bit accesses: those whose name matches must hold these instructions.
+from kernels import report_cuda
+
+SOURCES = sorted(report_cuda.CSRC.glob("*.cu"))
+# Kernels that stream through memory, in 128-bit accesses: those whose name matches must hold these.
 VECTORS = {
-    "adamw_kernel": ("LDG.E.128", "STG.E.128"),
-    "partial_kernel": ("LDG.E.128",),
-    r"rows_kernelI.*Li[48]E": ("LDG.E.128", "STG.E.128"),
-    r"rows_kernelI.*Li[48]ELb1E": ("LDS.128", "STS.128"),
+    "adamw_kernel": ("LDG", "STG"),
+    "partial_kernel": ("LDG",),
+    r"rows_kernelI.*Li[48]E": ("LDG", "STG"),
+    r"rows_kernelI.*Li[48]ELb1E": ("LDS", "STS"),
 }
 
-pytestmark = [pytest.mark.aot, pytest.mark.slow]
-
 
 @pytest.fixture(scope="module")
-def cuda_home():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setuptools, "setup", lambda **arguments: None)
-        found = runpy.run_path(str(CSRC.parent / "setup.py"))["find_cuda"]()
-    if found is None:
-        pytest.skip("no nvcc")
-    return found[0]
+def compilers():
+    """nvcc and cuobjdump."""
+    nvcc, _ = report_cuda.find_nvcc()
+    cuobjdump = nvcc and report_cuda.find_cuobjdump(nvcc)
+    return (nvcc, cuobjdump) if cuobjdump else pytest.skip("no nvcc, or no cuobjdump")
 
 
-@pytest.fixture(scope="module")
-def cuobjdump(cuda_home):
-    """The toolkit's own, or the one that Triton brings."""
-    candidates = [cuda_home / "bin" / "cuobjdump"]
-    spec = importlib.util.find_spec("triton")
-    if spec:
-        candidates.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    found = next((c for c in candidates if c.exists()), None)
-    return found or pytest.skip("no cuobjdump")
-
-
-@pytest.mark.parametrize("arch", ["80", "90a"], ids=["sm_80", "sm_90a"])
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", report_cuda.ARCHS, ids=lambda arch: f"sm_{arch}")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name)
-def test_compiles_clean(source, arch, cuda_home, cuobjdump, tmp_path):
-    cubin = tmp_path / "out.cubin"
-    flags = ["-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
-    command = [cuda_home / "bin" / "nvcc", *flags, f"-arch=sm_{arch}", "-cubin", source, "-o", cubin]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'", result.stderr)
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+def test_compiles_clean(source, arch, compilers):
+    kernels = report_cuda.compile_source(source, arch, *compilers)
     assert kernels
-    assert len(spills) == len(kernels)
-    assert all(spill == ("0", "0", "0") for spill in spills), result.stderr
+    for k in kernels:
+        assert 0 < k.registers <= 255, k.name
+        assert (k.stack, k.spills) == (0, 0), k.name
+        for pattern, kinds in VECTORS.items():
+            if re.search(pattern, k.name):
+                assert {kind: k.accesses[kind] for kind in kinds} == dict.fromkeys(kinds, 128), k.name
 
-    sass = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    bodies = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\t\tFunction|\Z)", sass, re.DOTALL))
-    assert set(bodies) == set(kernels)
-    for pattern, instructions in VECTORS.items():
-        for name, body in bodies.items():
-            if re.search(pattern, name):
-                assert [i for i in instructions if i not in body] == [], name
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_warnings_and_spills_are_errors(compilers, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "bad.cu"
+    source.write_text("__global__ void f(float* x) { int unused; *x = 1; }\n")
+    with pytest.raises(RuntimeError, match=r"bad\.cu for sm_80: .*unused"):
+        report_cuda.compile_source(source, "80", *compilers)
+    source.write_text("""
+        __global__ void __launch_bounds__(1024, 2) spilling_kernel(float* x) {  // 32 registers a thread for 64 values
+          float v[64];
+        #pragma unroll
+          for (int i = 0; i < 64; ++i) v[i] = x[threadIdx.x + 1024 * i];
+          __syncthreads();
+        #pragma unroll
+          for (int i = 0; i < 64; ++i) x[threadIdx.x * 64 + i] = v[i] * v[63 - i];
+        }
+    """)
+    monkeypatch.setattr(report_cuda, "CSRC", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report_cuda", "--arch", "80", "--only", "spilling"])
+    assert report_cuda.main() == 1
+    assert "spilling_kernel" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["report_cuda", "--arch", "80", "--only", "other"])
+    assert report_cuda.main() == 0
+
+
+def test_widest_accesses():
+    sass = "LDG.E.U16 R1 ; LDG.E.64.CONSTANT R2 ; STG.E R3 ; LDS.128 R4 ; STS.U8 R5 ; LDGSTS.E.128 R6 ; LDG.E.U8 R7"
+    kernel = report_cuda.Kernel("k", 32, 0, 0, 0, sass)
+    assert kernel.accesses == {"LDG": 64, "STG": 32, "LDS": 128, "STS": 8}
+
+
+def test_without_nvcc(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report_cuda"])
+    monkeypatch.setattr(report_cuda, "find_nvcc", lambda: ("", ""))
+    assert report_cuda.main() == 2
+    assert capsys.readouterr().err == "report_cuda: no nvcc (set CUDA_HOME)\n"
+
+
+def test_nvcc_is_found_by_cuda_home(monkeypatch, tmp_path):
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.1'\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert report_cuda.find_nvcc() == (str(compiler), "12.9")
 
 
 def test_every_pattern_names_a_kernel():
