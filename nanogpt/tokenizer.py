@@ -1,12 +1,14 @@
-"""Text to token ids and back: characters, or GPT-2's byte pairs.
+"""Text to token ids and back: characters, GPT-2's byte pairs, or byte pairs of one's own.
 
 A tokenizer is saved as ``tokenizer.json`` beside the data it made, and copied from there beside the checkpoints trained on it.
 """
 
 import json
 import os
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,6 +18,20 @@ from nanogpt.data.shards import SIDECAR, open_dataset, read_json
 
 FILE = "tokenizer.json"
 EOT_TEXT = "<|endoftext|>"
+
+
+def _byte_of() -> dict[str, int]:
+    """How GPT-2 writes each byte as a printable character: itself where it is one, else the next free one from 256 on."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+BYTE_OF = _byte_of()
+
+
+def _to_bytes(piece: str) -> bytes:
+    return bytes(BYTE_OF[character] for character in piece)
 
 
 class CharTokenizer:
@@ -72,35 +88,29 @@ class CharTokenizer:
         return {"kind": self.kind, "characters": self.characters}
 
 
-class GPT2Tokenizer:
-    """GPT-2's byte-level BPE, through tiktoken; the table is fetched once into the cache and verified.
+class _BytePairs:
+    """Byte-level BPE through tiktoken, the text cut by GPT-2's pattern.
 
-    The end of a document, ``<|endoftext|>``, is token 50256 in :meth:`encode` and plain characters in :meth:`encode_array`.
+    The end of a document, ``<|endoftext|>``, is one token in :meth:`encode` and plain characters in :meth:`encode_array`.
     """
 
-    kind = "gpt2"
-    eot = 50256
-    vocab_size = 50257
+    def _ranks(self) -> dict[bytes, int]:
+        """The bytes of each token that text can give -> the token; pairs merge in the order of what they make."""
+        raise NotImplementedError
 
     @cached_property
     def _encoding(self):
         import tiktoken
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        # GPT-2 writes each byte as a printable character: itself where it is one, else the next free one from 256 on.
-        printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-        rest = [b for b in range(256) if b not in printable]
-        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
-        table = json.loads(assets.fetch(assets.GPT2_ENCODER).read_bytes())
-        ranks = {bytes(byte_of[c] for c in piece): rank for piece, rank in table.items() if piece != EOT_TEXT}
-        return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: self.eot})
+        return tiktoken.Encoding("", pat_str=r50k_pat_str, mergeable_ranks=self._ranks(), special_tokens=self.special)
 
     def encode_array(self, text: str) -> np.ndarray:
         """(N,) uint32. Releases the GIL, so threads encode side by side."""
         return np.asarray(self._encoding.encode_to_numpy(text, disallowed_special=()), dtype=np.uint32)
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode(text, allowed_special={EOT_TEXT})
+        return self._encoding.encode(text, allowed_special="all")
 
     def decode(self, ids: list[int]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
@@ -108,21 +118,119 @@ class GPT2Tokenizer:
     def decode_bytes(self, ids: list[int]) -> bytes:
         return self._encoding.decode_bytes(ids)
 
+
+class GPT2Tokenizer(_BytePairs):
+    """GPT-2's; the table is fetched once into the cache and verified."""
+
+    kind = "gpt2"
+    eot = 50256
+    vocab_size = 50257
+    special: ClassVar = {EOT_TEXT: eot}
+
+    def _ranks(self) -> dict[bytes, int]:
+        table = json.loads(assets.fetch(assets.GPT2_ENCODER).read_bytes())
+        return {_to_bytes(piece): rank for piece, rank in table.items() if piece != EOT_TEXT}
+
     def to_json(self) -> dict:
         return {"kind": self.kind}
 
 
-Tokenizer = CharTokenizer | GPT2Tokenizer
+class BPETokenizer(_BytePairs):
+    """One's own, in the form of Hugging Face's ``tokenizer.json``, which their tools read.
+
+    tiktoken merges a pair if its bytes are a token's, Hugging Face if the pair itself was learned. The two agree wherever the
+    merges stand in the order of the tokens they make and each token is reached from its own bytes, as training ensures: merging
+    is local, so the only pair that comes to lie over a token's bytes is the one that it was learned from.
+
+    Args:
+        content: what ``tokenizer.json`` holds.
+
+    Raises:
+        ValueError: for another kind of tokenizer than a byte-level BPE over GPT-2's pattern.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, content: dict):
+        try:
+            model, cutter, decoder = content["model"], content["pre_tokenizer"], content["decoder"]
+            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+            made = [model["vocab"][left + right] for left, right in pairs]
+            self.special: dict[str, int] = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+            self._vocab = {_to_bytes(piece): i for piece, i in model["vocab"].items() if piece not in self.special}
+            plain = model["type"] == "BPE" and not content.get("normalizer") and decoder["type"] == "ByteLevel"
+            like_gpt2 = cutter["type"] == "ByteLevel" and cutter.get("use_regex", True) and not cutter["add_prefix_space"]
+            whole = all(bytes([b]) in self._vocab for b in range(256))
+            ids = sorted([*self._vocab.values(), *self.special.values()])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"not a byte-level BPE of Hugging Face's form ({type(error).__name__}: {error})") from error
+        if not (plain and like_gpt2 and whole and made == sorted(made)):
+            raise ValueError("not a byte-level BPE over GPT-2's pattern with its merges in the order of its tokens")
+        if ids != list(range(len(ids))):
+            raise ValueError("its tokens are not numbered from 0 without a gap")
+        self.content = content
+        self.vocab_size = len(ids)
+        self.eot: int | None = self.special.get(EOT_TEXT)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Learns at most `vocab_size` tokens from texts, ``<|endoftext|>`` and the 256 bytes among them.
+
+        Raises:
+            ValueError: where Hugging Face's `tokenizers`, which learns, is not installed.
+        """
+        try:
+            from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        except ImportError as error:
+            raise ValueError("tokenizers, which learns byte pairs, is not installed: pip install tokenizers") from error
+        learner = Tokenizer(models.BPE())
+        learner.pre_tokenizer, learner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[EOT_TEXT], initial_alphabet=alphabet, show_progress=False
+        )
+        learner.train_from_iterator(texts, trainer)
+        return cls(json.loads(learner.to_str()))
+
+    def _ranks(self) -> dict[bytes, int]:
+        return self._vocab
+
+    def to_json(self) -> dict:
+        return self.content
+
+
+Tokenizer = CharTokenizer | GPT2Tokenizer | BPETokenizer
 
 
 def save(tokenizer: Tokenizer, directory: Path) -> Path:
     """Writes ``tokenizer.json``, whole or not at all."""
     path = Path(directory) / FILE
     partial = path.with_name(f".{FILE}.{os.getpid()}")
-    content = tokenizer.to_json() | {"vocab_size": tokenizer.vocab_size}
+    content = tokenizer.to_json()
+    if not isinstance(tokenizer, BPETokenizer):  # theirs is a form of its own, which says it already
+        content = content | {"vocab_size": tokenizer.vocab_size}
     partial.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
+
+
+def read(path: Path) -> Tokenizer:
+    """The tokenizer of a file: ours, or a ``tokenizer.json`` of Hugging Face that is a byte-level BPE.
+
+    Raises:
+        ValueError: for a file that cannot be understood.
+    """
+    content = read_json(path)
+    if content.get("kind") == CharTokenizer.kind and isinstance(content.get("characters"), str):
+        return CharTokenizer(content["characters"])
+    if content.get("kind") == GPT2Tokenizer.kind:
+        return GPT2Tokenizer()
+    if isinstance(content.get("model"), dict):
+        try:
+            return BPETokenizer(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    raise ValueError(f"{path}: kind {content.get('kind')!r}: expected char with its characters, gpt2, or Hugging Face's form")
 
 
 def load(directory: Path) -> Tokenizer | None:
@@ -136,12 +244,7 @@ def load(directory: Path) -> Tokenizer | None:
     directory = Path(directory)
     path = directory / FILE
     if path.exists():
-        content = read_json(path)
-        if content.get("kind") == CharTokenizer.kind and isinstance(content.get("characters"), str):
-            return CharTokenizer(content["characters"])
-        if content.get("kind") == GPT2Tokenizer.kind:
-            return GPT2Tokenizer()
-        raise ValueError(f"{path}: kind {content.get('kind')!r}: expected char with its characters, or gpt2")
+        return read(path)
     if (directory / "meta.pkl").exists():
         itos = read_meta(directory / "meta.pkl")["itos"]
         if any(len(piece) != 1 for piece in itos.values()):

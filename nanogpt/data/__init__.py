@@ -8,6 +8,9 @@ RECIPES = {  # what `prepare` knows by name -> (its text, its tokenizer)
     "shakespeare": ("tinyshakespeare", "gpt2"),
     "plays_char": ("plays", "char"),
     "plays": ("plays", "gpt2"),
+    "openwebtext": ("hub", "gpt2"),
+    "fineweb": ("hub", "gpt2"),
+    "fineweb_edu": ("hub", "gpt2"),
 }
 
 

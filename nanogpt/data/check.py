@@ -1,38 +1,57 @@
 """Whether a dataset is what it says: headers and sizes, the sums in ``dataset.json``, every token below the vocabulary."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from nanogpt import tokenizer
-from nanogpt.data.shards import Shard, open_dataset
+from nanogpt.data.shards import Dataset, Shard, listing, open_dataset, open_listed, read_sidecar
+from nanogpt.data.sources import digest
 
 BLOCK = 1 << 24  # tokens read at a time
 
 
 def problems(path: Path) -> Iterator[str]:
-    """One line per fault of the content, naming the file, and the offset in bytes where there is one.
+    """One line per fault, naming the file, and the offset in bytes where there is one.
+
+    Where a header or a size is wrong, all such are named and the content is left unread.
 
     Raises:
-        ValueError: for a fault of the structure (header, size, sidecar), which leaves the content unread.
+        ValueError: for a sidecar or a tokenizer that cannot be understood.
     """
-    data = open_dataset(path)
-    found = tokenizer.load(data.path)
-    if found is not None and found.vocab_size != data.vocab_size:
-        yield f"{data.path}: a tokenizer of {found.vocab_size} tokens for data of {data.vocab_size}"
-    for split, shards in data.splits.items():
-        entries = data.sidecar.get("splits", {}).get(split, {}).get("shards", [])
-        for i, shard in enumerate(shards):
-            if entries and entries[i].get("sha256") != (actual := _sha256(shard.path)):
-                yield f"{shard.path}: sha256 {actual} instead of {entries[i].get('sha256')}"
-            yield from _too_large(shard, data.vocab_size)
+    path = Path(path)
+    broken = False
+    for found in listing(path, read_sidecar(path)).values():
+        for name, tokens in found:
+            try:
+                open_listed(path, name, tokens)
+            except ValueError as error:
+                broken = True
+                yield str(error)
+    if not broken:
+        data = open_dataset(path)
+        encoder = tokenizer.load(data.path)
+        if encoder is not None and encoder.vocab_size != data.vocab_size:
+            yield f"{data.path}: a tokenizer of {encoder.vocab_size} tokens for data of {data.vocab_size}"
+        for split in data.splits:
+            yield from _split(data, split)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _split(data: Dataset, split: str) -> Iterator[str]:
+    entries = data.sidecar.get("splits", {}).get(split, {}).get("shards", [])
+    shards = data.splits[split]
+    full = data.sidecar.get("shard_tokens", shards[0].count if shards else 0)
+    for i, shard in enumerate(shards):
+        if shard.dtype != shards[0].dtype:
+            yield f"{shard.path}: offset 0: {shard.dtype.name} tokens, but {shards[0].path.name} has {shards[0].dtype.name}"
+        if i < len(shards) - 1 and shard.count < full:
+            yield f"{shard.path}: offset 8: a short shard, {shard.count} tokens instead of {full}, that is not the last"
+        if data.vocab_size > 2 ** (8 * shard.dtype.itemsize):
+            yield f"{shard.path}: offset 0: {shard.dtype.name} cannot hold a vocabulary of {data.vocab_size}"
+        if entries and entries[i].get("sha256") != (actual := digest(shard.path)):
+            yield f"{shard.path}: sha256 {actual} instead of {entries[i].get('sha256')}"
+        yield from _too_large(shard, data.vocab_size)
 
 
 def _too_large(shard: Shard, vocab_size: int) -> Iterator[str]:
@@ -46,7 +65,7 @@ def _too_large(shard: Shard, vocab_size: int) -> Iterator[str]:
 
 
 def describe(path: Path) -> str:
-    """A few lines for people: vocabulary, tokens, files, the text's beginning."""
+    """A few lines for people: vocabulary, tokens, files, fingerprint, the text's beginning."""
     data = open_dataset(path)
     encoder = tokenizer.load(data.path)
     made = f"tokenizer {encoder.kind if encoder else 'unknown'}"
@@ -55,6 +74,7 @@ def describe(path: Path) -> str:
         if shards:
             kind = shards[0].dtype.name
             lines.append(f"{split}: {data.count(split):,} tokens ({kind}) in {len(shards)} file(s)")
+            lines.append(f"  fingerprint {data.fingerprint(split)}")
             if encoder:
                 lines.append(f"  begins {encoder.decode(shards[0].tokens[:32].tolist())!r}")
     return "\n".join(lines)

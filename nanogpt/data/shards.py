@@ -18,6 +18,7 @@ from nanogpt.data.meta import read_meta
 
 SPLITS = ("train", "val")
 SIDECAR = "dataset.json"
+JOURNAL = "preparing.json"  # there as long as a preparation is not finished
 HEADER_BYTES = 256 * 4
 MAGIC = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 GPT2_VOCAB = 50257
@@ -74,17 +75,22 @@ class Dataset:
         return digest.hexdigest()[:32]
 
 
+def header(dtype: np.dtype, count: int) -> bytes:
+    """Of a shard of `count` tokens of uint16 or uint32."""
+    magic, version = next((m, v) for m, (v, kind) in MAGIC.items() if kind == np.dtype(dtype).newbyteorder("<"))
+    words = np.zeros(256, dtype="<i4")
+    words[:3] = magic, version, count
+    return words.tobytes()
+
+
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """Writes tokens (N,) of uint16 or uint32 under the header; returns the shard's entry for the sidecar."""
-    magic, version = next((m, v) for m, (v, dtype) in MAGIC.items() if dtype == tokens.dtype.newbyteorder("<"))
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, len(tokens)
     body = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for part in (header, body):
+        for part in (header(tokens.dtype, len(tokens)), body.data):
             digest.update(part)
-            file.write(part.data)
+            file.write(part)
     return {"file": path.name, "tokens": len(tokens), "sha256": digest.hexdigest()}
 
 
@@ -123,34 +129,58 @@ def open_dataset(path: Path) -> Dataset:
         ValueError: naming the file, and the offset where there is one.
     """
     path = Path(path)
-    sidecar = read_json(path / SIDECAR) if (path / SIDECAR).exists() else {}
-    if "splits" in sidecar:
-        if not isinstance(sidecar["splits"], dict):
-            raise ValueError(f"{path / SIDECAR}: splits is not an object")
-        splits = {split: _listed(path, split, sidecar) for split in SPLITS if split in sidecar["splits"]}
-    else:
-        pattern = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.bin")
-        names = [(match[1], name) for name in sorted(p.name for p in path.iterdir()) if (match := pattern.fullmatch(name))]
-        splits = {split: [open_shard(path / name) for s, name in names if s == split] for split in SPLITS}
-    if not any(splits.values()):
-        raise ValueError(f"{path}: no shard (*train*.bin, *val*.bin) in it; python -m nanogpt.data.prepare makes them")
+    sidecar = read_sidecar(path)
+    splits = {
+        split: [open_listed(path, name, tokens) for name, tokens in found] for split, found in listing(path, sidecar).items()
+    }
     return Dataset(path, _vocab_size(path, sidecar, splits), splits, sidecar)
 
 
-def _listed(path: Path, split: str, sidecar: dict) -> list[Shard]:
-    shards = []
-    try:
-        entries = [(str(entry["file"]), int(entry["tokens"])) for entry in sidecar["splits"][split]["shards"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / SIDECAR}: splits.{split}.shards is not a list of files and token counts") from error
-    for name, tokens in entries:
-        if Path(name).name != name or name in (".", ".."):
-            raise ValueError(f"{path / SIDECAR}: {name!r} is not the name of a file beside it")
-        shard = open_shard(path / name)
-        if shard.count != tokens:
-            raise ValueError(f"{shard.path}: offset 8: {shard.count} tokens, but {SIDECAR} says {tokens}")
-        shards.append(shard)
-    return shards
+def read_sidecar(path: Path) -> dict:
+    """The content of ``dataset.json``; empty without one. ValueError where a preparation has not finished."""
+    if (path / JOURNAL).exists():
+        raise ValueError(f"{path}: its preparation has not finished; the command that began it goes on with it")
+    return read_json(inside(path, SIDECAR)) if (path / SIDECAR).exists() else {}
+
+
+def listing(path: Path, sidecar: dict) -> dict[str, list[tuple[str, int | None]]]:
+    """The (name, number of tokens if known) of the shards of each split, in order."""
+    splits: dict[str, list[tuple[str, int | None]]] = {}
+    if "splits" in sidecar:
+        if not isinstance(sidecar["splits"], dict):
+            raise ValueError(f"{path / SIDECAR}: splits is not an object")
+        for split in SPLITS:
+            if split in sidecar["splits"]:
+                try:
+                    entries = sidecar["splits"][split]["shards"]
+                    splits[split] = [(str(entry["file"]), int(entry["tokens"])) for entry in entries]
+                except (KeyError, TypeError, ValueError) as error:
+                    message = f"{path / SIDECAR}: splits.{split}.shards is not a list of files and token counts"
+                    raise ValueError(message) from error
+    else:
+        pattern = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.bin")
+        names = [(match[1], name) for name in sorted(p.name for p in path.iterdir()) if (match := pattern.fullmatch(name))]
+        splits = {split: [(name, None) for s, name in names if s == split] for split in SPLITS}
+    if not any(splits.values()):
+        raise ValueError(f"{path}: no shard (*train*.bin, *val*.bin) in it; python -m nanogpt.data.prepare makes them")
+    return splits
+
+
+def open_listed(path: Path, name: str, tokens: int | None) -> Shard:
+    """A shard of a listing, verified against it."""
+    shard = open_shard(inside(path, name))
+    if tokens is not None and shard.count != tokens:
+        raise ValueError(f"{shard.path}: offset 8: {shard.count} tokens, but {SIDECAR} says {tokens}")
+    return shard
+
+
+def inside(path: Path, name: str) -> Path:
+    """A file of a directory; ValueError for a name or a link that leads out of it."""
+    if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
+        raise ValueError(f"{path / SIDECAR}: {name!r} is not the name of a file beside it")
+    if not (path / name).resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"{path / name}: is a link that leads out of the directory")
+    return path / name
 
 
 def _vocab_size(path: Path, sidecar: dict, splits: dict[str, list[Shard]]) -> int:
