@@ -17,7 +17,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.data import assets
 from nanogpt.generate import generate
 from nanogpt.model import GPT
-from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
+from nanogpt.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer
 from tests.test_model import spread
 from tests.test_pretrained import ARGUMENTS, SIZES, assert_same_model, odd, plain, random_gpt2, write_ckpt  # noqa: F401
 
@@ -154,6 +154,20 @@ def test_a_tokenizer_of_characters_for_transformers(tmp_path):
         assert peer.encode(text) == encoder.encode(text)
         assert peer.decode(encoder.encode(text)) == text
     assert peer.encode("a7b") == encoder.encode("ab")  # unknown ones are left out, where ours refuses
+
+
+def test_a_tokenizer_of_ones_own_for_transformers(tmp_path):
+    text = "".join(f"{a}{b} {b}{a}\n" for a in "abcdef" for b in "ghéjk") * 3
+    encoder = BPETokenizer.train([text], 300)
+    assert encoder.vocab_size > 260
+    saved(tmp_path / "out", encoder, vocab_size=encoder.vocab_size)
+    export.export(tmp_path / "out", tmp_path / "hf")
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert peer.eos_token_id == encoder.eot == from_transformers(tmp_path / "hf").config.eos_token_id
+    back = pretrained.find_tokenizer(pretrained.load(tmp_path / "hf"))
+    for sample in [*TEXTS, text[:50], "ag<|endoftext|>bh"]:
+        assert peer.encode(sample) == encoder.encode(sample) == back.encode(sample), sample
+        assert peer.decode(encoder.encode(sample)) == sample
 
 
 def test_the_pipeline_of_transformers_writes_what_we_write(tmp_path):

@@ -25,8 +25,8 @@ from nanogpt.config import GPT2_SIZES, GPTConfig, TrainConfig, load
 from nanogpt.generate import generate
 from nanogpt.model import GPT
 from nanogpt.tokenizer import GPT2Tokenizer
+from tests.runs import TINY, losses, start
 from tests.test_model import all_logits
-from tests.test_train import TINY, losses, start
 
 SIZES = {
     "odd": {"n_layer": 3, "n_head": 3, "n_embd": 39, "n_positions": 23, "vocab_size": 61},
