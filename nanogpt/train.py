@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kernels import dispatch
+from kernels import dispatch, extension
 from kernels.linear import shadow
 from nanogpt import anomaly, checkpoint, distributed, faults, monitor, pretrained, tokenizer
 from nanogpt.data import find
@@ -448,6 +448,8 @@ def banner(run: Run, peak: float | None) -> str:
     for op, choice in dispatch.explain(device.type).items():
         groups.setdefault(choice, []).append(op)
     lines += [f"kernels: {backend}: {', '.join(ops)} ({reason})" for (backend, reason), ops in groups.items()]
+    library = {"cpu": "nanogpt_cpu", "cuda": "nanogpt_cuda"}.get(device.type)
+    lines += [f"extension: {library}: {extension.status()[library]}"] if library else []
     if peak is None:
         lines.append(f"mfu: n/a, the peak rate of this device ({name}) is not known; --peak_flops=F sets it")
     return "\n".join(lines)

@@ -112,6 +112,11 @@ set_up() {
     : >"$LOG"
     "$PY" -c 'import torch' 2>/dev/null || install_torch
     pip_install "installing build tools" 'setuptools>=77' wheel ninja
-    pip_install "installing nanogpt and building its extension, some minutes" --no-build-isolation -e '.[test]'
+    pip_install "installing nanogpt and building its extension, some minutes" -v --no-build-isolation -e '.[test]'
+    # What setup.py says of kernels that it could not build, which pip shows to nobody.
+    grep -o 'nanogpt: pure-Python install.*' "$LOG" | head -n 1 || true
+    if has_gpu; then
+        grep -o 'nanogpt: no CUDA kernels.*' "$LOG" | head -n 1 || true
+    fi
     printf '%s\n' "$wanted" >.venv/.complete
 }

@@ -45,6 +45,7 @@ case "$all" in
     *torch.__version__*) echo "torch 2.99" ;;
     *--dry-run*) cat "$STUB/report.json" ;;
     *"pip install"*)
+        case "$all" in *"-e .[test]"*) if [ -e "$STUB/setup_says" ]; then cat "$STUB/setup_says"; fi ;; esac
         if [ -e "$STUB/pip_fails" ]; then cat "$STUB/pip_fails" >&2; exit 1; fi
         case "$all" in *torch*) touch "$STUB/torch" ;; esac ;;
     *"-m pytest"*)
@@ -124,6 +125,19 @@ def test_sets_up_once(machine, script):
     assert machine.run(script).returncode == 0
     assert not machine.calls("pip install")
     assert not machine.calls("-m venv")
+
+
+def test_says_once_what_was_not_built(machine):
+    reason = "nanogpt: pure-Python install, PyTorch's own kernels on the CPU: no C++ compiler: false does not run"
+    machine.note("setup_says", f"  {reason}\n  nanogpt: no CUDA kernels: no nvcc\n  {reason}\n")
+    done = machine.run("test.sh", CC="false")
+    assert done.returncode == 0
+    assert done.stdout.count("pure-Python install") == 1
+    assert reason in done.stdout.splitlines()
+    assert "no CUDA kernels" not in done.stdout  # of no interest without a GPU
+    machine.program("nvidia-smi", "#!/usr/bin/env bash\necho 'NVIDIA A100, 570.1'\n")
+    machine.note("cuda")
+    assert "nanogpt: no CUDA kernels: no nvcc" in machine.run("test.sh").stdout.splitlines()
 
 
 @pytest.mark.parametrize("changed", ["pyproject.toml", "setup.py", "csrc/ops.cpp"])

@@ -54,6 +54,7 @@ def test_exactly_max_iters_updates_the_last_one_evaluated_and_saved(data, tmp_pa
         r"data: .*walk\d, tokens: train 20,000, val 3,000, sampling: epoch",
         r"tokens per update: 128 = 2 micro-steps x 4 sequences x 16 tokens; updates: 0 to 12",
         r"kernels: (torch|cpp): .*attention.*\(.*Triton.*\)",
+        r"extension: nanogpt_cpu: (loaded \(\w+\)|nanogpt_cpu is not built)",
         r"mfu: n/a, .* --peak_flops",
         r"GPU sensors: none for device cpu",
         r"step 12: train loss \d\.\d{4}, val loss \d\.\d{4}",
