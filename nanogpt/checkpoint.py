@@ -59,7 +59,7 @@ def save(out_dir: Path, step: int, model: dict[str, Tensor], optim: dict[str, Te
         for name, tensors in ((MODEL, model), (OPTIM, optim)):
             manifest["files"][name], manifest["tensors"][name] = _write_tensors(partial / name, tensors)
         manifest["files"][STATE] = _write(partial / STATE, [json.dumps(state, allow_nan=False).encode()])
-        manifest["sha256"] = _digest(manifest)
+        manifest["sha256"] = digest(manifest)
         _write(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
         _sync(partial)
         if final.exists():
@@ -189,7 +189,7 @@ def check_sizes(path: Path) -> dict:
     manifest = _read_json(path / MANIFEST)
     if manifest.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{path / MANIFEST}: format {manifest['format']}, this release reads {FORMAT}")
-    if manifest.pop("sha256", None) != _digest(manifest):
+    if manifest.pop("sha256", None) != digest(manifest):
         raise ValueError(f"{path / MANIFEST}: its content was altered")
     if f"step-{manifest.get('step')}" != path.name:
         raise ValueError(f"{path / MANIFEST}: of step {manifest.get('step')}")
@@ -210,7 +210,7 @@ def check_sizes(path: Path) -> dict:
     return manifest
 
 
-def _digest(manifest: dict) -> str:
+def digest(manifest: dict) -> str:
     """What the manifest says of itself, so that its own damage is never taken for that of a file."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 

@@ -78,7 +78,7 @@ def rewrite_manifest(path, change):
     manifest = json.loads((path / MANIFEST).read_text())
     manifest.pop("sha256")
     change(manifest)
-    manifest["sha256"] = checkpoint._digest(manifest)
+    manifest["sha256"] = checkpoint.digest(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -761,3 +761,12 @@ def test_r25_data_is_looked_at_before_torch_is_imported(data, tmp_path, options,
 
 def test_r25_a_resumed_run_has_its_own_block_size(data):
     check_data(load(TrainConfig, [f"--dataset={data}", "--block_size=30000", "--init_from=resume"]))
+
+
+def test_r03_a_short_soak(tmp_path):
+    """What `scripts/soak.sh --minutes=15` does, for seconds."""
+    code, out, err = start([ROOT / "scripts" / "soak.py", "--minutes=0.15", f"--folder={tmp_path / 'soak'}", "--seed=3"])
+    assert code == 0, err
+    counts = re.search(r"(\d+) kills .* (\d+) runs ended bitwise .* (\d+) files fuzzed, none lost, none restarted at 0\n$", out)
+    assert all(int(count) > 0 for count in counts.groups()), out
+    assert not (tmp_path / "soak").exists()
