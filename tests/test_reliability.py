@@ -765,7 +765,7 @@ def test_r25_a_resumed_run_has_its_own_block_size(data):
 
 def test_r03_a_short_soak(tmp_path):
     """What `scripts/soak.sh --minutes=15` does, for seconds."""
-    code, out, err = start([ROOT / "scripts" / "soak.py", "--minutes=0.15", f"--folder={tmp_path / 'soak'}", "--seed=3"])
+    code, out, err = start([ROOT / "scripts" / "soak.py", "--minutes=0.1", f"--folder={tmp_path / 'soak'}", "--seed=3"])
     assert code == 0, err
     counts = re.search(r"(\d+) kills .* (\d+) runs ended bitwise .* (\d+) files fuzzed, none lost, none restarted at 0\n$", out)
     assert all(int(count) > 0 for count in counts.groups()), out
