@@ -319,10 +319,9 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor], source: Path) ->
 
 
 def optim_tensors(model: nn.Module, optimizer: AdamW, loss_scale: LossScale | None) -> dict[str, Tensor]:
-    """The optimizer's state by ``exp_avg.NAME`` and so on, live tensors."""
-    named = {
-        f"{key}.{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq") for name, p in model.named_parameters()
-    }
+    """The optimizer's state by ``exp_avg.NAME`` and so on, live tensors; frozen parameters have none."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = {f"{key}.{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq") for name, p in trained.items()}
     named["step"] = optimizer.completed
     if loss_scale is not None:
         named |= {"loss_scale": loss_scale.value, "loss_scale.good_steps": loss_scale.good_steps}

@@ -95,11 +95,15 @@ class TrainConfig:
     bias: bool = key(False, "biases in Linear and LayerNorm")
     gelu: str = key("erf", "erf is nanoGPT's, tanh is OpenAI's", "", ("erf", "tanh"))
 
+    freeze: int = key(-1, "lowest blocks that are not trained, nor are the embeddings then (0: these alone; -1: none)")
+    recompute: bool = key(False, "keep the blocks' inputs alone and compute the blocks again in backward: less memory")
+
     learning_rate: float = key(6e-4, "peak learning rate", "AdamW")
     max_iters: int = key(600000, "updates in all")
     weight_decay: float = key(0.1, "decay of matrices and embeddings")
     beta1: float = key(0.9, "decay rate of the first moment")
     beta2: float = key(0.95, "decay rate of the second moment")
+    layer_lr_decay: float = key(1.0, "learning rate of each layer relative to the one above it (1: all have the same)")
     grad_clip: float = key(1.0, "largest gradient norm (0: no clipping)")
 
     decay_lr: bool = key(True, "warmup and cosine decay; else constant", "Schedule")
@@ -159,6 +163,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
         require("learning_rate", self.learning_rate > 0, "must be positive")
+        require("layer_lr_decay", 0 < self.layer_lr_decay <= 1, "must be above 0 and at most 1")
+        require("freeze", self.freeze >= -1, "must be at least -1")
         require("keep_checkpoints", self.keep_checkpoints >= 2, "must be at least 2: one alone may prove unreadable")
         device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
         require("device", device, "expected auto, cpu, cuda, cuda:N or mps")

@@ -116,7 +116,8 @@ def not_finite(model: nn.Module, optimizer: AdamW) -> str:
     named = dict(model.named_parameters())
     values = [torch.stack(torch._foreach_norm(list(named.values()), ord=float("inf")))]
     for key in ("exp_avg", "exp_avg_sq"):
-        values.append(torch.stack(torch._foreach_norm([optimizer.state[p][key] for p in named.values()], ord=float("inf"))))
+        moments = [optimizer.state[p][key] if p.requires_grad else p for p in named.values()]  # frozen ones have none
+        values.append(torch.stack(torch._foreach_norm(moments, ord=float("inf"))))
     bad = (~torch.stack(values).isfinite()).any(dim=0).tolist()
     return next((name for name, is_bad in zip(named, bad, strict=True) if is_bad), "")
 

@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import causal_attention, decode_attention
 from kernels.cross_entropy import linear_cross_entropy
@@ -120,6 +121,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
         self.config, self.dtype = config, dtype
+        self.recompute = False  # blocks keep their input alone, and are computed again in backward
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -162,7 +164,11 @@ class GPT(nn.Module):
         wte, wpe = self.transformer.wte.weight, self.transformer.wpe.weight
         branch, residual = embedding(idx, wte, wpe, self.dtype, p, offset), None  # (B, T, C)
         for block in self.transformer.h:
-            branch, residual = block(branch, residual, cache)
+            if self.recompute and torch.is_grad_enabled():  # dropout draws the same again
+                kept = {"use_reentrant": False, "preserve_rng_state": p > 0}
+                branch, residual = checkpoint(block, branch, residual, **kept)
+            else:
+                branch, residual = block(branch, residual, cache)
         y, _ = self.transformer.ln_f(branch, residual, p)
         if cache is not None:
             cache.length += T
@@ -181,13 +187,35 @@ class GPT(nn.Module):
 
     def flops_per_token(self, causal: bool) -> int:
         """Forward and backward FLOPs per token at full context: 6N + 12 L C T as PaLM and nanoGPT count (appendix B of
-        PaLM, arXiv 2204.02311), or 6N + 6 L C T, which leaves out the half of attention that the causal mask skips."""
-        c = self.config
-        return 6 * self.parameter_count() + (6 if causal else 12) * c.n_layer * c.n_embd * c.block_size
+        PaLM, arXiv 2204.02311), or 6N + 6 L C T, which leaves out the half of attention that the causal mask skips.
+
+        Frozen blocks cost their forward pass alone, the frozen head no weight gradient. Recomputing counts for nothing.
+        """
+        c, t, n = self.config, self.transformer, self.parameter_count()
+        frozen = [block for block in t.h if not block.ln_1.weight.requires_grad]
+        below = sum(p.numel() for block in frozen for p in block.parameters())
+        head = 0 if t.wte.weight.requires_grad else t.wte.weight.numel()
+        attention = (2 if causal else 4) * (3 * c.n_layer - 2 * len(frozen)) * c.n_embd * c.block_size
+        return 6 * n - 4 * below - 2 * head + attention
+
+    def freeze(self, blocks: int) -> None:
+        """Ends the training of the embeddings, so of the head, and of the lowest blocks; 0: embeddings alone, -1: nothing."""
+        if blocks > len(self.transformer.h):
+            raise ValueError(f"freeze={blocks}: the network has {len(self.transformer.h)} blocks")
+        if blocks >= 0:
+            for module in (self.transformer.wte, self.transformer.wpe, *self.transformer.h[:blocks]):
+                module.requires_grad_(False)
 
     def decay_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(matrices and embeddings, which weight decay shrinks; biases and LayerNorm weights, which it leaves alone)."""
-        return [p for p in self.parameters() if p.dim() >= 2], [p for p in self.parameters() if p.dim() < 2]
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
+
+    def layers_above(self) -> dict[nn.Parameter, int]:
+        """0 for ln_f, 1 for the last block, ..., n_layer + 1 for the embeddings, of which one is the head as well."""
+        t = self.transformer
+        layers = [[t.ln_f], *([block] for block in reversed(t.h)), [t.wte, t.wpe]]
+        return {p: depth for depth, modules in enumerate(layers) for module in modules for p in module.parameters()}
 
     def crop_block_size(self, block_size: int) -> None:
         """Drops the positions from block_size on, so that a model runs on a shorter context than it was trained for."""

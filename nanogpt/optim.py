@@ -1,7 +1,7 @@
 """Learning-rate schedule, AdamW on the fused kernel, and the dynamic loss scale of fp16: nothing here waits for the device."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class AdamW(torch.optim.Optimizer):
         betas, eps, weight_decay: as in ``torch.optim.AdamW``; the second group does not decay.
         keep_gradients: zero them after a step instead of dropping them, for DDP, where they are views of its buckets. Dropped,
             the next backward's own tensors take their place, and a pass that adds to zeros is saved.
+        lr_scales: factors of the learning rate; 1 for parameters that it does not name.
     """
 
     writes_shadows = True  # `kernels.linear` need not make them anew
@@ -67,6 +68,7 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         keep_gradients: bool = False,
+        lr_scales: Mapping[Tensor, float] | None = None,
     ):
         decayed, rest = (list(group) for group in groups)
         device = (decayed + rest)[0].device
@@ -75,6 +77,9 @@ class AdamW(torch.optim.Optimizer):
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.keep_gradients = keep_gradients
         super().__init__([g for g in groups if g["params"]], {"lr": self.lr, "betas": betas, "eps": eps})
+        self.by_scale: dict[float, list[int]] = {}  # indices into parameters()
+        for i, p in enumerate(self.parameters()):
+            self.by_scale.setdefault((lr_scales or {}).get(p, 1.0), []).append(i)
         for p in self.parameters():
             self.state[p] = {"step": self.completed, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
@@ -106,22 +111,26 @@ class AdamW(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         norm = grad_norm(grads)
         unscaled = norm if loss_scale is None else norm / loss_scale.value
-        adamw_step(
-            params,
-            grads,
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            lr=self.lr,
-            step=self.completed,
-            beta1=self.param_groups[0]["betas"][0],
-            beta2=self.param_groups[0]["betas"][1],
-            eps=self.param_groups[0]["eps"],
-            weight_decays=[group["weight_decay"] for group in self.param_groups for _ in group["params"]],
-            norm=norm if admits is None else torch.where(admits(unscaled), norm, torch.nan),
-            max_norm=max_norm,
-            grad_scale=None if loss_scale is None else loss_scale.value,
-            zero_grad=self.keep_gradients,
-        )
+        admitted = norm if admits is None else torch.where(admits(unscaled), norm, torch.nan)
+        decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
+        steps = [self.completed.clone() for _ in range(len(self.by_scale) - 1)] + [self.completed]  # each call advances its own
+        for (scale, chosen), step in zip(self.by_scale.items(), steps, strict=True):
+            adamw_step(
+                [params[i] for i in chosen],
+                [grads[i] for i in chosen],
+                [self.state[params[i]]["exp_avg"] for i in chosen],
+                [self.state[params[i]]["exp_avg_sq"] for i in chosen],
+                lr=self.lr if scale == 1 else self.lr * scale,
+                step=step,
+                beta1=self.param_groups[0]["betas"][0],
+                beta2=self.param_groups[0]["betas"][1],
+                eps=self.param_groups[0]["eps"],
+                weight_decays=[decays[i] for i in chosen],
+                norm=admitted,
+                max_norm=max_norm,
+                grad_scale=None if loss_scale is None else loss_scale.value,
+                zero_grad=self.keep_gradients,
+            )
         if not self.keep_gradients:
             self.zero_grad(set_to_none=True)
         if loss_scale is not None:

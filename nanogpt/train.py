@@ -142,12 +142,15 @@ def setup(config: TrainConfig) -> Run:
         model = weights.model(world.device, dtype, config.block_size, config.dropout)
     else:
         model = GPT(pretrained.pad_vocabulary(config.model(loader.vocab_size)), dtype).to(world.device)
+    model.recompute = config.recompute
+    model.freeze(config.freeze)
     optimizer = AdamW(
         model.decay_groups(),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
         keep_gradients=world.size > 1,
+        lr_scales={p: config.layer_lr_decay**depth for p, depth in model.layers_above().items()},
     )
     loss_scale = LossScale(world.device) if dtype == torch.float16 else None
     compiled = torch.compile(model) if config.compile else model
@@ -214,6 +217,8 @@ def restore(run: Run, path: Path, state: dict) -> None:
     differ = checkpoint.differences(state["model"], asdict(run.model.config), ignore=("dropout",))
     if differ:
         raise ValueError(f"{path}: of another model: {'; '.join(differ)}")
+    if (frozen := state["config"].get("freeze", -1)) != run.config.freeze:
+        raise ValueError(f"freeze={run.config.freeze}: {path} has freeze={frozen}; a new run can start with --init_from={path}")
     checkpoint.restore_model(run.model, checkpoint.load_tensors(path / checkpoint.MODEL), path / checkpoint.MODEL)
     tensors = checkpoint.load_tensors(path / checkpoint.OPTIM)
     checkpoint.restore_optim(run.model, run.optimizer, run.loss_scale, tensors, path / checkpoint.OPTIM)
@@ -259,6 +264,10 @@ def restore_ckpt(run: Run, weights: pretrained.Weights) -> None:
     """Continues a run of nanoGPT's: its updates, its optimizer's state; data order and dropout are this run's own."""
     if not weights.optim:
         raise ValueError(f"{weights.source}: no optimizer state in it; --init_from={weights.source} starts anew from it")
+    if run.config.freeze >= 0:
+        raise ValueError(
+            f"freeze={run.config.freeze}: {weights.source} has nothing frozen; a new run can start from its weights"
+        )
     optim = {name: pretrained.resized(name, t, run.model.config) for name, t in weights.optim.items()}
     checkpoint.restore_optim(run.model, run.optimizer, None, optim, Path(weights.source))
     run.it, run.best_val_loss, run.resumed = weights.iter_num, weights.best_val_loss, True
