@@ -22,6 +22,7 @@ ORDER = (
     "embedding",
     "generate",
     "dataloader",
+    "prepare",
     "ceilings",
 )
 

@@ -40,6 +40,7 @@ def run(op: str, out: Path, *more: str) -> common.Bench:
         ("ceilings", ["torch", "cublas"]),
         ("generate", ["ours-cache", "ours-no-cache"]),
         ("dataloader", ["ours-epoch", "ours-random", "nanogpt"]),
+        ("prepare", ["ours", "tiktoken"]),
         ("train_step", ["eager", "ours", "ours-torch"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -122,6 +122,13 @@ def test_every_format_gives_the_tokens_of_the_plain_loop(gpt2, monkeypatch):
         assert not list(check.problems(path))
 
 
+def test_a_path_is_not_taken_for_the_text_of_that_name(gpt2):
+    texts = documents(200)
+    Path("plays.jsonl").write_bytes(jsonl(texts))
+    want = expected(texts, gpt2, splitting.Draw(0.005))
+    assert tokens(made("plays.jsonl"), "train").tolist() == want["train"]
+
+
 def test_directory_of_all_formats_in_the_order_of_names(gpt2):
     texts = [text + "\n" for text in documents(300, 1) if text and "<|endoftext|>" not in text][:24]
     Path("in/sub").mkdir(parents=True)

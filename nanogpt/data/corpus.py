@@ -95,12 +95,13 @@ def find(name: str, input: str, split: str, val_fraction: float, token_limit: in
         return _of_hub(name, split, val_fraction, token_limit, revision, keep)
     if revision:
         raise ValueError(f"revision={revision}: only a corpus of the hub has one: {', '.join(hub.CORPORA)}")
+    recipe = RECIPES.get(name)  # not for a path whose last part reads like one
     name, files, origin = _local(name, input)
     single = len(files) == 1 and sources.is_one_document(files[0])
     if split == "auto":
-        split = "tail" if single or name in RECIPES else "documents"
+        split = "tail" if single or recipe else "documents"
     fraction = val_fraction or (0.1 if split == "tail" else 0.005)
-    kind = RECIPES[name][1] if name in RECIPES else "char" if single else "gpt2"
+    kind = recipe[1] if recipe else "char" if single else "gpt2"
     if split == "documents":
         return Corpus(name, files, origin, split, fraction, kind, splitting.Draw(fraction))
     if any(file.form != "text" for file in files):

@@ -267,7 +267,7 @@ def main(argv: list[str]) -> None:
     names = [word for word in argv[:1] if not word.startswith("--")]
     if {"-h", "--help"} & set(argv):
         print(config.usage(PrepareConfig, None, USAGE).replace("[FILE.py] ", ""))
-        print(f"\nNames: {', '.join(RECIPES)}, or any other with --input")
+        print(f"\nNames: {', '.join(RECIPES)}, a path, or any other with --input")
         return
     try:
         if not names:
