@@ -92,7 +92,7 @@ def _build(name: str) -> None:
 
     Raises:
         TimeoutError: if the other one takes longer than BUILD_LIMIT.
-        subprocess.CalledProcessError: if the build fails.
+        ChildProcessError: if the build fails; the compiler's messages went to stderr.
     """
     import fcntl
 
@@ -111,7 +111,9 @@ def _build(name: str) -> None:
                     raise TimeoutError(message) from None
                 time.sleep(0.2)
         if _newer_source(name):  # else the other one has just built it
-            subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=root, check=True, stdout=sys.stderr)
+            command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+            if subprocess.run(command, cwd=root, stdout=sys.stderr).returncode:
+                raise ChildProcessError(f"NANOGPT_BUILD=1: {BUILD} failed; its messages are above")
 
 
 def _register_fakes() -> None:

@@ -186,6 +186,15 @@ def test_first_use_builds_once(tree):
         assert " u " not in symbols
 
 
+def test_failed_build_is_one_line(folder, monkeypatch):
+    pytest.importorskip("fcntl")
+    (folder.parent / "csrc" / "ops.cpp").touch()
+    (folder.parent / "setup.py").write_text("raise SystemExit('csrc/ did not compile')")
+    monkeypatch.setenv("NANOGPT_BUILD", "1")
+    with pytest.raises(ChildProcessError, match="NANOGPT_BUILD=1: python setup.py build_ext --inplace failed"):
+        extension.unavailable("adamw", "cpp")
+
+
 def test_lock_has_a_time_limit(folder, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     (folder.parent / "csrc" / "ops.cpp").touch()
