@@ -191,7 +191,7 @@ def test_failed_build_is_one_line(folder, monkeypatch):
     (folder.parent / "csrc" / "ops.cpp").touch()
     (folder.parent / "setup.py").write_text("raise SystemExit('csrc/ did not compile')")
     monkeypatch.setenv("NANOGPT_BUILD", "1")
-    with pytest.raises(ChildProcessError, match="NANOGPT_BUILD=1: python setup.py build_ext --inplace failed"):
+    with pytest.raises(ChildProcessError, match=r"NANOGPT_BUILD=1: python setup\.py build_ext --inplace failed"):
         extension.unavailable("adamw", "cpp")
 
 
