@@ -807,9 +807,8 @@ def test_fineweb_by_tokens_and_revision(gpt2, world, tmp_path):
     assert sum(open_dataset(path).count(split) for split in ("train", "val")) == want
     assert ("/api/datasets/o/r/revision/v1.4.0", None) in world["requests"]
     assert len(list((tmp_path / "cache/hub").glob("*.parquet"))) == 2
-    all_of_it = made("fineweb", *options[:1], "--out=all", "--val_fraction=0.4")
-    assert json.loads((all_of_it / SIDECAR).read_text())["token_limit"] == 0
-    assert sum(open_dataset(all_of_it).count(split) for split in ("train", "val")) == sum(counts[:3])
+    more = made("fineweb", "--out=more", "--val_fraction=0.4", "--tokens=11B")
+    assert sum(open_dataset(more).count(split) for split in ("train", "val")) == sum(counts[:3])
 
 
 def test_downloads_go_on_where_the_connection_broke(gpt2, world):
@@ -893,12 +892,14 @@ def test_the_hub_s_text_is_read_once(option, world, capsys):
     assert option.removeprefix("--") in capsys.readouterr().err
 
 
-def test_samples_of_fineweb():
+def test_samples_of_fineweb(capsys):
     corpus = hub.CORPORA["fineweb"]
-    limits = (1, 10**10, 10**10 + 1, 10**11, 35 * 10**10, 10**12, 0)
-    assert [corpus.folder(n) for n in limits] == [
-        *("sample/10BT", "sample/10BT", "sample/100BT", "sample/100BT", "sample/350BT", "data", "data")
-    ]
+    limits = (1, 10**10, 10**10 + 1, 10**11, 35 * 10**10, 10**12)
+    folders = ["sample/10BT", "sample/10BT", "sample/100BT", "sample/100BT", "sample/350BT", "data"]
+    assert [corpus.folder(n) for n in limits] == folders
+    assert hub.CORPORA["openwebtext"].folder(0) == hub.CORPORA["openwebtext"].folder(5) == "plain_text"
+    assert run("prepare", "fineweb") == 2
+    assert "say how many tokens are wanted" in capsys.readouterr().err
 
 
 # Byte pairs of one's own

@@ -39,7 +39,10 @@ class Corpus:
     documents: int = 0
 
     def folder(self, tokens: int) -> str:
-        return next(folder for limit, folder in self.folders if not limit or 0 < tokens <= limit)
+        """Where to read so many tokens; ValueError for no number where it decides."""
+        if not tokens and len(self.folders) > 1:
+            raise ValueError(f"{self.repo} has terabytes: say how many tokens are wanted, for instance --tokens=10B")
+        return next(folder for limit, folder in self.folders if not limit or tokens <= limit)
 
 
 _SAMPLES = ((10**10, "sample/10BT"), (10**11, "sample/100BT"), (350 * 10**9, "sample/350BT"), (0, "data"))
