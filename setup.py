@@ -30,6 +30,7 @@ INSTRUCTIONS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTIONS["avx2"] = "-mavx2 -mfma"
     INSTRUCTIONS["avx512"] = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+AMX = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mamx-tile -mamx-bf16"  # of cpu_amx.cpp; GCC 11, clang 12
 
 
 class MissingError(Exception):
@@ -62,6 +63,11 @@ def find_compiler() -> str:
         except (OSError, subprocess.CalledProcessError):
             raise MissingError(f"no C++ compiler: {command} does not run") from None
     return os.environ.get("CXX", "c++")
+
+
+def accepts(compiler: str, flags: str) -> bool:
+    command = [*compiler.split(), *flags.split(), "-fsyntax-only", "-xc++", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def find_ninja() -> str:
@@ -153,7 +159,11 @@ def ninja_file(compiler: str, torch: Path, cuda: Path | None) -> str:
         lines.extend(f"  {name} = {value}" for name, value in variables.items())
         return target
 
-    objects = [build("ops.o", "cxx", f"{CSRC}/ops.cpp", flags="-DNANOGPT_X86" if len(INSTRUCTIONS) > 1 else "")]
+    x86 = len(INSTRUCTIONS) > 1
+    amx = x86 and sys.platform == "linux" and accepts(compiler, AMX)
+    objects = [build("ops.o", "cxx", f"{CSRC}/ops.cpp", flags=f"{'-DNANOGPT_X86' * x86} {'-DNANOGPT_AMX' * amx}")]
+    if amx:  # GCC 12 warns of its own headers
+        objects.append(build("amx.o", "cxx", f"{CSRC}/cpu_amx.cpp", flags=f"{AMX} -Wno-maybe-uninitialized -Wno-unknown-warning-option"))
     for name, flags in INSTRUCTIONS.items():
         # Neither errno nor traps are looked at; without them sqrt and selections vectorise.
         flags += f" -fopenmp-simd -fno-math-errno -fno-trapping-math -Wno-psabi -DTABLE=kernels_{name}"

@@ -12,12 +12,30 @@
 #include <string>
 #include <utility>
 
+#include "cpu_amx.h"
 #include "cpu_kernels.h"
+
+#ifdef NANOGPT_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace nanogpt {
 namespace {
 
-// The best instruction set of this machine; NANOGPT_CPU=baseline|avx2|avx512 asks for one, for tests.
+#ifdef NANOGPT_AMX
+// Whether this CPU has what cpu_amx.cpp needs and the operating system lets this process use it.
+bool ask_for_amx() {
+  uint32_t a, b, c, d;
+  __cpuid_count(7, 0, a, b, c, d);
+  const bool bf16 = d & 1u << 22, tiles = d & 1u << 24;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return bf16 && tiles && __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
+
+// The best instruction set of this machine; NANOGPT_CPU=baseline|avx2|avx512|amx asks for one, for tests.
 std::pair<std::string, const CpuKernels*> choose_kernels() {
   std::vector<std::pair<std::string, const CpuKernels*>> available;
 #ifdef NANOGPT_X86
@@ -25,6 +43,9 @@ std::pair<std::string, const CpuKernels*> choose_kernels() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
+#ifdef NANOGPT_AMX
+      if (ask_for_amx()) available.emplace_back("amx", &kernels_avx512);
+#endif
       available.emplace_back("avx512", &kernels_avx512);
     }
     available.emplace_back("avx2", &kernels_avx2);
@@ -46,6 +67,7 @@ const std::pair<std::string, const CpuKernels*>& chosen() {
 const CpuKernels& cpu() { return *chosen().second; }
 
 std::string cpu_instructions() { return chosen().first; }
+bool cpu_has_amx() { return chosen().first == "amx"; }
 
 // Calls f(begin, end) on ranges of rows, in parallel where there is enough to do.
 constexpr int64_t kGrain = 8192;  // elements that pay for a thread
@@ -295,6 +317,58 @@ Tensor head_attention_backward(const Tensor& dout, const Tensor& qkv, const Tens
   return dqkv;
 }
 
+#ifdef NANOGPT_AMX
+Matrix matrix_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, ": expected a matrix, got ", t.dim(), " dimensions");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected Float, got ", toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.stride(0) == 1 || t.stride(1) == 1, name, ": strides ", t.stride(0), " and ", t.stride(1),
+                  ", one must be 1");
+  return {pointer<const float>(t), t.stride(0), t.stride(1)};
+}
+#endif
+
+constexpr int64_t kSmallProduct = 1 << 20;  // multiplications that do not pay for a second thread
+
+// out = or += a b + bias.
+void split_mm_(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool add) {
+#ifdef NANOGPT_AMX
+  STD_TORCH_CHECK(cpu_has_amx(), "split_mm_ needs amx, this is ", chosen().first);
+  const Matrix A = matrix_of(a, "a"), B = matrix_of(b, "b"), C = matrix_of(out, "out");
+  const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
+  STD_TORCH_CHECK(b.size(0) == depth && out.size(0) == rows && out.size(1) == columns, "split_mm_: (", rows, ", ", depth,
+                  ") times (", b.size(0), ", ", columns, ") into (", out.size(0), ", ", out.size(1), ")");
+  STD_TORCH_CHECK(depth > 0, "split_mm_: nothing to sum over");
+  STD_TORCH_CHECK(C.column == 1 || columns <= 1, "out: expected rows of neighbouring elements");
+  if (bias) {
+    check(*bias, "bias", ScalarType::Float);
+    STD_TORCH_CHECK(bias->numel() == columns, "bias: ", bias->numel(), " values for ", columns, " columns");
+  }
+  const float* const bias_data = bias ? pointer<const float>(*bias) : nullptr;
+  float* const c = pointer<float>(out);
+  // Each thread takes a rectangle of C, as near to a square as can be: what it packs of A and B, the others pack again.
+  const int64_t row_panels = (rows + kAmxPanel - 1) / kAmxPanel, column_panels = (columns + kAmxPanel - 1) / kAmxPanel;
+  const int64_t threads = rows * columns * depth < kSmallProduct ? 1 : torch::stable::get_num_threads();
+  int64_t down = 1;
+  for (int64_t d = 1; d <= threads; ++d) {
+    if (threads % d == 0 && row_panels / d + column_panels * d / threads < row_panels / down + column_panels * down / threads) {
+      down = d;
+    }
+  }
+  const int64_t across = threads / down;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t / across, j = t % across;
+      const Range r = {row_panels * i / down * kAmxPanel, std::min(rows, row_panels * (i + 1) / down * kAmxPanel)};
+      const Range s = {column_panels * j / across * kAmxPanel,
+                       std::min(columns, column_panels * (j + 1) / across * kAmxPanel)};
+      amx_multiply(A, B, bias_data, c, C.row, r, s, depth, add);
+    }
+  });
+#else
+  STD_TORCH_CHECK(false, "split_mm_: built without AMX");
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nanogpt, m) {
@@ -316,7 +390,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nanogpt, m) {
   m.def("gelu_backward_(Tensor(a!) dy, Tensor derivative, bool has_bias) -> Tensor dbias");
   m.def("head_attention(Tensor qkv, int n_head, float scale) -> (Tensor out, Tensor lse)");
   m.def("head_attention_backward(Tensor dout, Tensor qkv, Tensor lse, int n_head, float scale) -> Tensor dqkv");
+  m.def("split_mm_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool add) -> ()");
   m.def("cpu_instructions() -> str");
+  m.def("cpu_has_amx() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nanogpt, CPU, m) {
@@ -329,10 +405,12 @@ STABLE_TORCH_LIBRARY_IMPL(nanogpt, CPU, m) {
   m.impl("gelu_backward_", TORCH_BOX(&gelu_backward_));
   m.impl("head_attention", TORCH_BOX(&head_attention));
   m.impl("head_attention_backward", TORCH_BOX(&head_attention_backward));
+  m.impl("split_mm_", TORCH_BOX(&split_mm_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nanogpt, CompositeExplicitAutograd, m) {
   m.impl("cpu_instructions", TORCH_BOX(&cpu_instructions));
+  m.impl("cpu_has_amx", TORCH_BOX(&cpu_has_amx));
 }
 
 }  // namespace nanogpt

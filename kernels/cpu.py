@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from kernels.linear import mm_fp32, shadow
+from kernels.linear import mm, mm_fp32, shadow
 
 _ops = torch.ops.nanogpt
 
@@ -53,19 +53,19 @@ class _GeluMlp(Function):
     @staticmethod
     def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, tanh, shadows):
         s_fc, s_proj, s_b_proj = shadows
-        post = x @ s_fc.t()  # (M, N), the argument until the next line
+        post = mm(x, s_fc.t())  # (M, N), the argument until the next line
         derivative = _ops.gelu_(post, b_fc, tanh, any(ctx.needs_input_grad))
         ctx.save_for_backward(x, post, derivative, s_fc, s_proj)
         ctx.dtypes = [None if p is None else p.dtype for p in (w_fc, b_fc, w_proj, b_proj)]
-        return F.linear(post, s_proj, s_b_proj)
+        return mm(post, s_proj.t(), s_b_proj)
 
     @staticmethod
     def backward(ctx, dy):
         x, post, derivative, w_fc, w_proj = ctx.saved_tensors
         dy = dy.contiguous()
-        dpre = dy @ w_proj
+        dpre = mm(dy, w_proj)
         db_fc = _ops.gelu_backward_(dpre, derivative, ctx.dtypes[1] is not None)
-        dx = dpre @ w_fc if ctx.needs_input_grad[0] else None
+        dx = mm(dpre, w_fc) if ctx.needs_input_grad[0] else None
         dw_fc, dw_proj = mm_fp32(dpre.t(), x), mm_fp32(dy.t(), post)
         db_proj = None if ctx.dtypes[3] is None else dy.sum(0, dtype=torch.float32)
         gradients = (dw_fc, db_fc, dw_proj, db_proj)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs, dispatch
-from kernels.linear import shadow
+from kernels.linear import mm, shadow
 from kernels.triton_compat import tl, triton
 
 # Rows of logits alive at a time. On an H100 the three GEMMs of 16,384 rows (1.6 GB of 16-bit logits at V = 50,304) run at 632,
@@ -155,7 +155,7 @@ def _add_mm(dw: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(dw, a, b, out_dtype=torch.float32, beta=beta, out=dw)
     else:
-        torch.addmm(dw, a.float(), b.float(), beta=beta, out=dw)
+        mm(a.float(), b.float(), out=dw, add=beta > 0)
 
 
 @torch.library.custom_op("nanogpt::linear_cross_entropy_fwd", mutates_args=())
@@ -184,10 +184,10 @@ def _linear_cross_entropy_fwd(
         rows = slice(start, min(start + chunk_rows, M))
         padded = buffer[: rows.stop - start]
         logits = padded[:, :V]
-        torch.mm(x[rows], shadow.t(), out=logits)
+        mm(x[rows], shadow.t(), out=logits)
         _rows(padded, targets[rows], losses[rows], ignore_index, vocab_size, need_dx or need_dw)
         if need_dx:
-            torch.mm(logits, shadow, out=dx[rows])
+            mm(logits, shadow, out=dx[rows])
         if need_dw:
             _add_mm(dw, logits.t(), x[rows], beta=int(start > 0))
     n_valid = (targets != ignore_index).sum()

@@ -24,7 +24,8 @@ PREFERENCE = {
     # H100, 16,384 rows of 50,304 in bf16: cuda 1.22 ms (90% of a copy's bandwidth), triton 1.44 ms.
     "cross_entropy": ("cuda", "triton", "cpp", "torch"),
     "embedding": ("triton", "torch"),
-    "linear": ("triton", "torch"),  # "triton": cuBLAS on the shadow, weight gradient in fp32; no kernel of its own
+    # "triton": cuBLAS on the shadow, weight gradient in fp32, no kernel of its own. "cpp": see linear.mm.
+    "linear": ("triton", "cpp", "torch"),
     "adamw": ("cuda", "cpp", "torch"),
     "grad_norm": ("cuda", "cpp", "torch"),
 }

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 LIBRARIES = {"cpp": "nanogpt_cpu", "cuda": "nanogpt_cuda"}
 # Ops that each library implements: what `unavailable` answers for.
 OPS = {
-    "cpp": ("adamw", "grad_norm", "cross_entropy", "layer_norm", "gelu_mlp", "attention"),
+    "cpp": ("adamw", "grad_norm", "cross_entropy", "layer_norm", "gelu_mlp", "attention", "linear"),
     "cuda": ("adamw", "grad_norm", "cross_entropy", "gelu_mlp"),
 }
 # Of csrc/, beside what both include.
@@ -142,6 +142,7 @@ def _register_fakes() -> None:
             qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3)),
             qkv.new_empty((qkv.shape[0], n_head, qkv.shape[1]), dtype=torch.float32),
         ),
+        "split_mm_": lambda *args: None,
         "head_attention_backward": lambda dout, qkv, lse, n_head, scale: torch.empty_like(qkv),
     }  # fmt: skip
     for op, fake in fakes.items():

@@ -7,6 +7,8 @@ fp32 anyway), so that neither the gradient nor its sum over micro-steps is ever 
 M rows (B*T), K inputs, N outputs. FLOPs: 2MNK forward, 4MNK backward.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,10 +56,47 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """a b + bias, or a b into ``out`` or added to it; what every product of the CPU path goes through.
+
+    fp32 on a CPU with AMX, where ``torch.set_float32_matmul_precision`` allows ("high" or "medium"): each factor as the sum of
+    two bfloat16 numbers, as PyTorch defines "high": relative error some 2^-16 of the sum of magnitudes, fp32 accumulators.
+
+    Args:
+        a, b: (M, K) and (K, N), of one dtype, transposed views included.
+        bias: (N,), the same dtype.
+        out: (M, N), rows of neighbouring elements.
+    """
+    if _splits(a):
+        out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+        a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
+        torch.ops.nanogpt.split_mm_(out, a, b, bias, add)
+        return out
+    if out is None:
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+    return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+
+
+def _splits(a: Tensor) -> bool:
+    """Whether it pays, and is allowed, to multiply by split factors: below 32 rows, as in decoding, reading b is what takes time."""
+    fp32 = a.dtype == torch.float32 and a.device.type == "cpu" and a.shape[0] >= 32 and a.shape[1] > 0
+    return fp32 and torch.get_float32_matmul_precision() != "highest" and split_products()
+
+
+def split_products() -> bool:
+    """Whether this is a machine on which :func:`mm` splits fp32 where it may."""
+    return dispatch.choose("linear", "cpu") == "cpp" and _has_amx()
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return torch.ops.nanogpt.cpu_has_amx()
+
+
 def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) times b (K, N) -> fp32 (M, N), the accumulators of the 16-bit GEMM unrounded."""
     if a.dtype == torch.float32 or not a.is_cuda:
-        return a.float() @ b.float()
+        return mm(a.float(), b.float())
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
@@ -68,13 +107,15 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, weight_shadow, bias_shadow):
         ctx.save_for_backward(x, weight_shadow)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        if _splits(x2 := x.reshape(-1, x.shape[-1])):
+            return mm(x2, weight_shadow.t(), bias_shadow).view(*x.shape[:-1], -1)
         return F.linear(x, weight_shadow, bias_shadow)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dy2 = dy.reshape(-1, dy.shape[-1])  # (M, N)
-        dx = (dy2 @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        dx = mm(dy2, weight).view(x.shape) if ctx.needs_input_grad[0] else None
         dw = mm_fp32(dy2.t(), x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
         db = dy2.sum(0, dtype=torch.float32).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None

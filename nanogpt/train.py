@@ -101,8 +101,7 @@ def setup(config: TrainConfig) -> Run:
         torch.use_deterministic_algorithms(True)
     dispatch.use(config.kernels)
     world = distributed.init(config)
-    if world.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, pairs of bfloat16 numbers on CPUs with AMX
     dtype = distributed.pick_dtype(config.dtype, world.device)
 
     lock = take_out_dir(config, world)
