@@ -7,8 +7,6 @@ fp32 anyway), so that neither the gradient nor its sum over micro-steps is ever 
 M rows (B*T), K inputs, N outputs. FLOPs: 2MNK forward, 4MNK backward.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,18 +77,14 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = No
 
 def _splits(a: Tensor) -> bool:
     """Whether it pays, and is allowed, to multiply by split factors: below 32 rows, as in decoding, reading b is what takes time."""
-    fp32 = a.dtype == torch.float32 and a.device.type == "cpu" and a.shape[0] >= 32 and a.shape[1] > 0
-    return fp32 and torch.get_float32_matmul_precision() != "highest" and split_products()
+    return a.dtype == torch.float32 and a.device.type == "cpu" and a.shape[0] >= 32 and a.shape[1] > 0 and split_products()
 
 
+@torch.compiler.assume_constant_result
 def split_products() -> bool:
-    """Whether this is a machine on which :func:`mm` splits fp32 where it may."""
-    return dispatch.choose("linear", "cpu") == "cpp" and _has_amx()
-
-
-@functools.cache
-def _has_amx() -> bool:
-    return torch.ops.nanogpt.cpu_has_amx()
+    """Whether :func:`mm` splits fp32 on this machine, with these settings."""
+    allowed = torch.get_float32_matmul_precision() != "highest" and dispatch.choose("linear", "cpu") == "cpp"
+    return allowed and torch.ops.nanogpt.cpu_has_amx()
 
 
 def mm_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -374,7 +374,7 @@ torch.save([logits, losses, y, dx, post, derivative, out, lse, dqkv], sys.argv[2
 def test_instruction_sets_agree(tmp_path):
     """Every instruction set that this machine has gives the baseline's numbers, up to the rounding of fused multiply-adds."""
     best = torch.ops.nanogpt.cpu_instructions()
-    order = ["baseline", "avx2", "avx512"]
+    order = ["baseline", "avx2", "avx512", "amx"]
     results = []
     for name in order[: order.index(best) + 1]:
         file = tmp_path / name
