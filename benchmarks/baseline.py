@@ -112,9 +112,11 @@ class BaselineGPT(nn.Module):
             return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1)
 
 
-def fused_adamw(model: nn.Module, lr: float = 6e-4) -> torch.optim.AdamW:
-    """nanoGPT's optimizer: matrices and embeddings decay by 0.1, the rest does not; PyTorch's fused kernel on every device."""
+def adamw(model: nn.Module, lr: float = 6e-4, fused: bool | None = None) -> torch.optim.AdamW:
+    """nanoGPT's optimizer: matrices and embeddings decay by 0.1, the rest does not; PyTorch's fused kernel on a GPU alone,
+    unless ``fused`` says otherwise."""
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    fused = model.lm_head.weight.is_cuda if fused is None else fused
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)

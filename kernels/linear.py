@@ -76,7 +76,7 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = No
 
 
 def _splits(a: Tensor) -> bool:
-    """Whether it pays, and is allowed, to multiply by split factors: below 32 rows, as in decoding, reading b is what takes time."""
+    """Whether to multiply by split factors. Below 32 rows, as in decoding, reading b is what takes time: that does not pay."""
     return a.dtype == torch.float32 and a.device.type == "cpu" and a.shape[0] >= 32 and a.shape[1] > 0 and split_products()
 
 

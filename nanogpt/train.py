@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from kernels import dispatch, extension
-from kernels.linear import shadow
+from kernels import cpu, dispatch, extension
+from kernels.linear import shadow, split_products
 from nanogpt import anomaly, checkpoint, distributed, faults, monitor, pretrained, tokenizer
 from nanogpt.data import find
 from nanogpt.data.loader import Loader, eval_batches
@@ -102,6 +102,8 @@ def setup(config: TrainConfig) -> Run:
     dispatch.use(config.kernels)
     world = distributed.init(config)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, pairs of bfloat16 numbers on CPUs with AMX
+    if world.device.type == "cpu":
+        cpu.keep_memory()
     dtype = distributed.pick_dtype(config.dtype, world.device)
 
     lock = take_out_dir(config, world)
@@ -456,6 +458,8 @@ def banner(run: Run, peak: float | None) -> str:
     for op, choice in dispatch.explain(device.type).items():
         groups.setdefault(choice, []).append(op)
     lines += [f"kernels: {backend}: {', '.join(ops)} ({reason})" for (backend, reason), ops in groups.items()]
+    if run.model.dtype == torch.float32 and device.type == "cpu" and split_products():
+        lines.append("products: fp32 as pairs of bfloat16 numbers on AMX, some 2^-16 off; --kernels=torch for PyTorch's fp32")
     library = {"cpu": "nanogpt_cpu", "cuda": "nanogpt_cuda"}.get(device.type)
     lines += [f"extension: {library}: {extension.status()[library]}"] if library else []
     if peak is None:

@@ -22,5 +22,6 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _defaults():
     torch.manual_seed(1337)
+    torch.set_float32_matmul_precision("highest")  # a trainer in an earlier test of this process may have changed it

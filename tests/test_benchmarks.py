@@ -134,8 +134,8 @@ def test_wrong_step_is_not_timed(fault, tmp_path, monkeypatch):
             if fault == "gradient":
                 t.model.transformer.h[1].mlp.c_fc.weight.register_hook(lambda g: g * 1.001)
             if fault == "raises":
-                return t._replace(loss=_raises)
-            return t._replace(loss=lambda *batch: t.model(*batch) + (0.001 if fault == "loss" else 0))
+                return t._replace(forward=_raises)
+            return t._replace(forward=lambda *batch: t.model(*batch) + (0.001 if fault == "loss" else 0))
 
         return original(size, dtype, device) | {"bad": make}
 

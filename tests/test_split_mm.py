@@ -22,11 +22,8 @@ SPLIT = 3 * 2.0**-16
 
 
 @pytest.fixture(autouse=True)
-def high():
-    before = torch.get_float32_matmul_precision()
+def high(_defaults):
     torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def assert_product(got, a, b, bias=0.0):
@@ -45,7 +42,8 @@ def matrix(rows, columns, transposed=False, padding=0):
 
 
 SHAPES = [
-    (32, 1, 1), (33, 2, 31), (32, 32, 32), (37, 65, 50), (64, 31, 33), (100, 33, 257), (257, 300, 65), (300, 513, 290), (768, 128, 65),
+    (32, 1, 1), (33, 2, 31), (32, 32, 32), (37, 65, 50), (64, 31, 33), (100, 33, 257), (257, 300, 65), (300, 513, 290),
+    (768, 128, 65),
 ]  # fmt: skip
 
 
