@@ -8,8 +8,7 @@ compiler=${CXX:-c++}
 
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r csrc kernels tests setup.py pyproject.toml "$copy"
-mkdir "$copy/nanogpt"
+cp -r csrc kernels nanogpt tests setup.py pyproject.toml "$copy"
 rm -f "$copy"/kernels/*.so
 cd "$copy"
 
@@ -21,4 +20,4 @@ PATH="$(dirname "$python"):$PATH" CXXFLAGS=$flags LDFLAGS="-fsanitize=address,un
 preload=$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libubsan.so)
 # The subprocess tests build their own copies, without sanitizers.
 LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    "$python" -m pytest -q -p no:cacheprovider tests/test_row_kernels.py tests/test_optimizer.py "$@"
+    "$python" -m pytest -q -p no:cacheprovider tests/test_row_kernels.py tests/test_optimizer.py tests/test_split_mm.py "$@"

@@ -1,6 +1,7 @@
 """The extension's row kernels against PyTorch in fp64: cross-entropy on the device, LayerNorm and GELU on the CPU."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -385,6 +386,29 @@ def test_instruction_sets_agree(tmp_path):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+FAULTS = """
+import resource, sys, torch
+from kernels import cpu
+if sys.argv[1] == "keep": cpu.keep_memory()
+def step():
+    blocks = [torch.ones(2**20) for _ in range(20)]  # 80 MB, 20,480 pages
+for _ in range(3): step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3): step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_is_kept():
+    """Blocks that were freed are used again without a page fault; the system would have to give them anew otherwise."""
+
+    def faults(how):
+        return int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout)
+
+    assert faults("keep") < 100 < 10_000 < faults("leave")
 
 
 def sample_inputs():

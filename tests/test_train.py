@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from kernels.linear import split_products
 from nanogpt import checkpoint, train
 from nanogpt.config import TrainConfig, load
 from nanogpt.data.loader import Loader
@@ -61,6 +62,7 @@ def test_exactly_max_iters_updates_the_last_one_evaluated_and_saved(data, tmp_pa
         r"iter 11: loss \d\.\d{4}, time \d+\.\d\dms, mfu n/a, lr 1\.\d\de-03, norm \d+\.\d{3}, [\d,]+ tok/s, eta 0s",
     ):
         assert re.search("^" + expected, out, re.MULTILINE), expected
+    assert ("products: fp32 as pairs of bfloat16 numbers" in out) == split_products()
 
 
 def test_learns(data, tmp_path):
