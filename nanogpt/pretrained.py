@@ -7,7 +7,6 @@ which is tied to wte, out. Only safetensors are read, but for ckpt.pt, whose unp
 
 import hashlib
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -27,6 +26,7 @@ from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 WEIGHTS, INDEX, CONFIG, CKPT = "model.safetensors", "model.safetensors.index.json", "config.json", "ckpt.pt"
 VOCAB, PADDED_VOCAB = 50257, 50304  # GPT-2's, and the next multiple of 64, a width that GEMMs like
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "gelu")
+UnpicklingError = torch.serialization.pickle.UnpicklingError  # torch.load's refusal; nothing here unpickles
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # the last two are one formula
 
@@ -337,7 +337,7 @@ def _from_ckpt(path: Path) -> Weights:
     """nanoGPT's {model, optimizer, model_args, iter_num, best_val_loss, config}: weights, and the state of its AdamW."""
     try:  # nothing but tensors and plain values is ever built
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
+    except UnpicklingError:
         raise ValueError(f"{path}: refused: it holds more than tensors and plain values") from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read: {str(error).strip().splitlines()[0] if str(error) else error!r}") from error
