@@ -393,7 +393,7 @@ import resource, sys, torch
 from kernels import cpu
 if sys.argv[1] == "keep": cpu.keep_memory()
 def step():
-    blocks = [torch.ones(2**20) for _ in range(20)]  # 80 MB, 20,480 pages
+    blocks = [torch.ones(2**18) for _ in range(80)]  # 80 MB, 20,480 pages
 for _ in range(3): step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3): step()
