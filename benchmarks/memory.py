@@ -85,6 +85,7 @@ def resident() -> int:
 def measured(config: MemoryConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Peak bytes of two updates."""
     before = resident()
+    torch.set_float32_matmul_precision("high")  # as in training
     model = GPT(shape(config.size, 1024), dtype).to(device)
     model.recompute = config.recompute
     model.freeze(config.freeze)

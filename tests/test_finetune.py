@@ -2,17 +2,20 @@
 
 import re
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks import memory
+from kernels import dispatch
 from nanogpt import checkpoint, train
 from nanogpt.config import PRESETS, TrainConfig, load, read_file
 from nanogpt.optim import AdamW
 from tests.runs import TORCHRUN, arguments, losses, run, start, walk
-from tests.test_model import batch, make, spread
+from tests.test_model import DEVICE, batch, make, spread
 from tests.test_pretrained import random_gpt2
 
 SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 16, "bias": True}
@@ -31,9 +34,9 @@ def _handlers():
         signal.signal(number, handler)
 
 
-def model_of(freeze=-1, recompute=False, dropout=0.0):
+def model_of(freeze=-1, recompute=False, **changes):
     torch.manual_seed(5)
-    model = spread(make(**SHAPE, dropout=dropout))
+    model = spread(make(**SHAPE | changes))
     model.freeze(freeze)
     model.recompute = recompute
     return model
@@ -227,10 +230,49 @@ def kept_bytes(model):
 
 
 def test_recomputing_keeps_the_blocks_inputs_alone():
-    plain, recomputed = kept_bytes(model_of()), kept_bytes(model_of(recompute=True))
-    inputs = 2 * 4 * (4 * 16 * 16)  # branch and residual of each block, fp32
-    assert recomputed < plain - 3 * 4 * inputs
-    assert recomputed == pytest.approx(3 * inputs, rel=0.8)  # and what the embedding and the head keep
+    """Four blocks against three: what one keeps, as docs/finetuning.md counts."""
+    plain, recomputed = (
+        kept_bytes(model_of(recompute=recompute, n_layer=4)) - kept_bytes(model_of(recompute=recompute))
+        for recompute in (False, True)
+    )
+    tokens, C, n_head = 4 * 16, SHAPE["n_embd"], SHAPE["n_head"]
+    assert recomputed == tokens * 4 * 2 * C
+    if dispatch.choose("gelu_mlp", DEVICE) == "torch":
+        assert plain > tokens * 4 * 16 * C
+    else:
+        assert plain == tokens * 4 * (16 * C + 4 + n_head)
+
+
+def test_the_calculated_memory_is_the_formulas():
+    config = memory.MemoryConfig(batch_size=2, block_size=512, freeze=4)
+    parts = memory.calculated(config, "gpt2", torch.bfloat16, "cuda")
+    n, block = 124_439_808 + 47 * 768, 12 * 768**2 + 13 * 768
+    trained = 8 * block + 2 * 768
+    assert parts["parameters"] == 4 * n
+    assert (parts["gradients"], parts["moments"]) == (4 * trained, 8 * trained)
+    assert parts["shadows"] == 2 * (n - 1024 * 768)
+    tokens = 2 * 512
+    assert parts["activations"] == 8 * tokens * (2 * 16 * 768 + 4 * (4 + 12)) + 2 * 2 * tokens * 768
+    assert parts["head"] == tokens * 50304 * 2
+    assert parts["total"] == sum(parts[name] for name in parts if name != "total")
+    less = memory.calculated(replace(config, recompute=True), "gpt2", torch.bfloat16, "cuda")
+    assert parts["activations"] - less["activations"] == tokens * (7 * (2 * 16 * 768 + 4 * 16) - 8 * 2 * 2 * 768)
+
+
+def test_the_memory_of_a_run_is_measured_beside_its_calculation(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "measured", lambda config, dtype, device: 3_000_000_000)
+    memory.main(["--size=gpt2", "--device=cpu"])
+    assert re.search(r"^gpt2 .* 3\.00 on cpu$", capsys.readouterr().out, re.MULTILINE)
+    memory.main(["--freeze=13"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["gpt2-medium", "gpt2-large", "gpt2-xl"]
+
+
+def test_two_updates_are_measured(monkeypatch):
+    monkeypatch.setitem(memory.HUB, "gpt2", replace(memory.HUB["gpt2"], n_layer=1, n_head=2, n_embd=32))
+    config = memory.MemoryConfig(size="gpt2", block_size=16, freeze=0)
+    before = torch.get_rng_state()
+    assert memory.measured(config, torch.float32, torch.device("cpu")) >= 0
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_sampling_with_a_cache_and_evaluation_recompute_nothing():

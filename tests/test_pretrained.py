@@ -285,6 +285,32 @@ def test_a_model_of_the_hub_comes_from_the_cache_without_a_socket(name, wide, se
     assert_same_model(weights.model("cpu", torch.float32), theirs, 50257)
 
 
+def test_sampling_from_the_hub(wide, sealed, monkeypatch, tmp_path, capsys):
+    try:
+        encoder = GPT2Tokenizer()
+        prompt = encoder.encode("Hello")
+    except ValueError as error:
+        pytest.skip(f"GPT-2's table is neither cached nor reachable: {error}")
+    theirs, _ = cached(monkeypatch, tmp_path / "home")
+    sample.main(
+        ["--init_from=gpt2", "--start=Hello", "--num_samples=1", "--max_new_tokens=5", "--temperature=0", "--device=cpu"]
+    )
+    tokens = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=5, eos_token_id=None, pad_token_id=0)
+    assert capsys.readouterr().out == f"{encoder.decode(tokens[0].tolist())}\n---------------\n"
+
+
+def test_the_presets_that_start_from_gpt2_agree_with_its_shape():
+    for name in ("eval_gpt2", "eval_gpt2_medium", "eval_gpt2_large", "eval_gpt2_xl", "finetune_shakespeare"):
+        config = load(TrainConfig, [name])
+        hub = pretrained.HUB[config.init_from]
+        weights = pretrained.Weights(
+            config.init_from, GPTConfig(1024, 50257, hub.n_layer, hub.n_head, hub.n_embd, 0, True, "tanh"), {}
+        )
+        adopted = pretrained.adopt(config, weights)
+        assert (adopted.n_layer, adopted.n_head, adopted.n_embd) == (hub.n_layer, hub.n_head, hub.n_embd)
+        assert (adopted.block_size, adopted.bias, adopted.gelu) == (1024, True, "tanh")
+
+
 def test_shapes_revisions_and_digests_of_the_hub():
     counts = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
     assert tuple(pretrained.HUB) == GPT2_SIZES
