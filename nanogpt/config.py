@@ -67,6 +67,8 @@ class TrainConfig:
     eval_interval: int = key(2000, "updates between evaluations")
     log_interval: int = key(1, "updates between log lines")
     eval_iters: int = key(200, "batches of batch_size per evaluated split, shared by the processes")
+    hellaswag: str = key("", "FILE.jsonl, or download: items that evaluations score, see eval_hellaswag_interval")
+    eval_hellaswag_interval: int = key(0, "updates between scores of HellaSwag, a multiple of eval_interval (0: none)")
     eval_only: bool = key(False, "evaluate once and stop")
     always_save_checkpoint: bool = key(True, "save at every evaluation, not only at a new best")
     init_from: str = key("scratch", "scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path of weights")
@@ -166,6 +168,12 @@ class TrainConfig:
         require("layer_lr_decay", 0 < self.layer_lr_decay <= 1, "must be above 0 and at most 1")
         require("freeze", self.freeze >= -1, "must be at least -1")
         require("keep_checkpoints", self.keep_checkpoints >= 2, "must be at least 2: one alone may prove unreadable")
+        require("hellaswag", not self.hellaswag or self.eval_hellaswag_interval, "set --eval_hellaswag_interval too")
+        if self.eval_hellaswag_interval:
+            require("eval_hellaswag_interval", self.hellaswag, "set --hellaswag=FILE or --hellaswag=download too")
+            message = f"must be a positive multiple of eval_interval={self.eval_interval}, whose evaluations it is part of"
+            holds = self.eval_hellaswag_interval > 0 and self.eval_hellaswag_interval % self.eval_interval == 0
+            require("eval_hellaswag_interval", holds, message)
         device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
         require("device", device, "expected auto, cpu, cuda, cuda:N or mps")
         check_init_from(self.init_from, ("scratch", "resume"))

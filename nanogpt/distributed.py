@@ -12,13 +12,13 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogpt.config import TrainConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,18 @@ def gather(value: Any, world: World) -> list[Any]:
     if world.size > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def rounds(batches: Sequence[T], world: World) -> Iterator[T | None]:
+    """This rank's share of what all do together: batch j is rank j % size's; None where the last round leaves it without."""
+    for first in range(0, len(batches), world.size):
+        mine = first + world.rank
+        yield batches[mine] if mine < len(batches) else None
+
+
+def assemble(values: Tensor, world: World) -> Tensor:
+    """A tensor on the host of which each rank has filled some elements, the others 0: all of them, on every rank, unrounded."""
+    return total(values.to(world.device)).cpu() if world.size > 1 else values
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -155,6 +156,14 @@ class GPT(nn.Module):
         Raises:
             ValueError: for more tokens than positions (block_size, or the cache's length).
         """
+        y = self.hidden(idx, cache)
+        if targets is None:
+            return self.lm_head(y[:, -1:]), None
+        wte = self.transformer.wte.weight
+        return None, linear_cross_entropy(y.flatten(0, 1), wte, targets.flatten(), vocab_size=self.vocab_size)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, C), what the head reads. Arguments and errors as for :meth:`forward`."""
         T = idx.shape[1]
         offset = cache.length if cache is not None else 0
         limit = self.config.block_size if cache is None else min(self.config.block_size, cache.max_len)
@@ -172,10 +181,30 @@ class GPT(nn.Module):
         y, _ = self.transformer.ln_f(branch, residual, p)
         if cache is not None:
             cache.length += T
-        if targets is None:
-            return self.lm_head(y[:, -1:]), None
-        vocab_size = self.config.real_vocab_size or self.config.vocab_size
-        return None, linear_cross_entropy(y.flatten(0, 1), wte, targets.flatten(), vocab_size=vocab_size)
+        return y
+
+    @torch.no_grad()
+    def token_losses(self, idx: Tensor, targets: Tensor, chunk_rows: int = 1024) -> Tensor:
+        """The loss of each token by itself, for evaluation; logits exist for chunk_rows tokens at a time.
+
+        Args:
+            idx, targets: (B, T) as for :meth:`forward`.
+
+        Returns:
+            (B, T) fp32, -log p of each target in nats, 0 where there is none.
+        """
+        keep = targets >= 0
+        rows, wanted = self.hidden(idx)[keep].split(chunk_rows), targets[keep].split(chunk_rows)  # (K, C), (K,)
+        losses = torch.zeros(targets.shape, device=targets.device)
+        losses[keep] = torch.cat(
+            [F.cross_entropy(self.lm_head(y)[:, : self.vocab_size].float(), t, reduction="none") for y, t in zip(rows, wanted)]
+        )
+        return losses
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that can be predicted: padding left out."""
+        return self.config.real_vocab_size or self.config.vocab_size
 
     def new_cache(self, batch_size: int, max_len: int) -> KVCache:
         return KVCache(self.config, batch_size, max_len, self.dtype, self.transformer.wte.weight.device)

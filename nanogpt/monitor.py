@@ -314,9 +314,10 @@ class Monitor:
                 line += ", " + form.format(gpu[name])
         self.print(f"{line}, eta {duration(eta)}" + (f": {why}, update skipped" if why else ""))
 
-    def evaluation(self, it: int, losses: dict[str, float]) -> None:
-        self._record("eval", it, {f"{split}_loss": loss for split, loss in losses.items()})
-        self.print(f"step {it}: " + ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items()))
+    def evaluation(self, it: int, figures: dict[str, float]) -> None:
+        self._record("eval", it, figures)
+        shown = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items() if not name.endswith("_stderr")]
+        self.print(f"step {it}: {', '.join(shown)}")
 
     def health(self, message: str) -> None:
         """What the GPU's sensors say is wrong; from their thread."""

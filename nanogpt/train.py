@@ -31,7 +31,7 @@ from torch import nn
 
 from kernels import cpu, dispatch, extension
 from kernels.linear import shadow, split_products
-from nanogpt import anomaly, checkpoint, distributed, faults, monitor, pretrained, tokenizer
+from nanogpt import anomaly, checkpoint, distributed, faults, hellaswag, monitor, pretrained, tokenizer
 from nanogpt.data import find
 from nanogpt.data.loader import Loader, eval_batches
 from nanogpt.data.shards import SPLITS, open_dataset
@@ -60,6 +60,7 @@ class Run:
     guard: Guard
     saver: Saver
     lock: Lock | None  # of out_dir, in the main process where it writes there
+    task: hellaswag.Task | None  # HellaSwag, where evaluations score it
     it: int = 0  # updates done
     evaluated: int = -1  # the `it` of the last evaluation
     val_loss: float = math.nan  # of the last evaluation
@@ -156,9 +157,12 @@ def setup(config: TrainConfig) -> Run:
     loss_scale = LossScale(world.device) if dtype == torch.float16 else None
     compiled = torch.compile(model) if config.compile else model
     wrapped = distributed.wrap(compiled, world, dtype)
+    task = None
+    if config.hellaswag:
+        task = hellaswag.load(config.hellaswag, tokenizer.load(data_dir), config.block_size)
     guard = Guard(world.device, loss_scale, config.spike_guard, config.max_bad_steps)
     saver = Saver(Path(config.out_dir), config.keep_checkpoints, config.async_save)
-    run = Run(config, world, data_dir, loader, model, compiled, wrapped, optimizer, loss_scale, guard, saver, lock)
+    run = Run(config, world, data_dir, loader, model, compiled, wrapped, optimizer, loss_scale, guard, saver, lock, task)
     if config.patience and not open_dataset(data_dir).splits.get("val"):
         raise ValueError(f"patience={config.patience}: {data_dir} has no split val to evaluate")
     if path:
@@ -310,7 +314,8 @@ def save(run: Run, status: str) -> bool:
 
 @torch.no_grad()
 def evaluate(run: Run, stop: distributed.StopRequest, watchdog: Watchdog) -> dict[str, float] | None:
-    """Mean loss of each split over its fixed set of windows, which the ranks share; None where any rank wants to stop."""
+    """What the ranks find together, None where any of them wants to stop: the mean loss of each split over its fixed set of
+    windows, and HellaSwag's accuracies where they are due."""
     c, world = run.config, run.world
     sizes = c.batch_size, c.block_size, c.eval_iters, world.rank, world.size
     splits = [split for split in SPLITS if open_dataset(run.data_dir).splits.get(split)]
@@ -327,8 +332,17 @@ def evaluate(run: Run, stop: distributed.StopRequest, watchdog: Watchdog) -> dic
         if stopping():
             run.model.train()
             return None
+    figures = {f"{split}_loss": loss / count for split, (loss, count) in zip(splits, distributed.total(sums).tolist())}
+    if run.task and (c.eval_only or run.it % c.eval_hellaswag_interval == 0 or run.it >= run.last):
+
+        def on_round(*_) -> bool:
+            watchdog.at("HellaSwag")
+            return stopping()
+
+        scores = hellaswag.score(run.model, run.task, c.batch_size * c.block_size, world, on_round)
+        figures = None if scores is None else figures | {f"hellaswag_{name}": value for name, value in scores.items()}
     run.model.train()
-    return {split: loss / count for split, (loss, count) in zip(splits, distributed.total(sums).tolist())}
+    return figures
 
 
 def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest, watchdog: Watchdog) -> str:
@@ -381,16 +395,16 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest, 
         if due or config.eval_only:
             report(readback.flush())
             with monitor.spending(log, "evaluation"):
-                losses = evaluate(run, stop, watchdog)
-            if losses is None:  # to be done again by the run that resumes
+                figures = evaluate(run, stop, watchdog)
+            if figures is None:  # to be done again by the run that resumes
                 return "preempted" if config.eval_only or save_now("preempted") else "failed"
-            run.evaluated, run.val_loss = run.it, losses.get("val", math.nan)
+            run.evaluated, run.val_loss = run.it, figures.get("val_loss", math.nan)
             improved = run.val_loss < run.best_val_loss
             run.stale = 0 if improved else run.stale + 1
             if improved:
                 run.best_val_loss = run.val_loss
             if log:
-                log.evaluation(run.it, losses)
+                log.evaluation(run.it, figures)
             if config.eval_only:
                 return "evaluated"
             if config.patience and run.stale >= config.patience:

@@ -206,12 +206,13 @@ def new_monitor(tmp_path, peak=1e6, **keys):
 
 def test_monitor_prints_nanogpts_lines_and_records_them(tmp_path, capsys):
     log = new_monitor(tmp_path)
-    log.evaluation(0, {"train": 4.25, "val": 4.5})
+    figures = {"train_loss": 4.25, "val_loss": 4.5, "hellaswag_acc_norm": 0.25, "hellaswag_acc_norm_stderr": 0.5}
+    log.evaluation(0, figures)
     for it in range(12):
         log.train(it, 4.0 - it / 10, 1.5, 1e-3)
     log.close(12, "finished")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step 0: train loss 4.2500, val loss 4.5000"
+    assert lines[0] == "step 0: train loss 4.2500, val loss 4.5000, hellaswag acc norm 0.2500"
     assert [line.split(":")[0] for line in lines[1:]] == ["iter 0", "iter 10", "goodput"]
     assert re.match(
         r"iter 10: loss 3\.0000, time 1000\.00ms, mfu 6\.40%, causal 5\.76%, lr 1\.00e-03, norm 1\.500, 64 tok/s", lines[2]
@@ -219,6 +220,7 @@ def test_monitor_prints_nanogpts_lines_and_records_them(tmp_path, capsys):
     assert lines[2].endswith("eta 1m29s")
     found = records(tmp_path / "metrics.jsonl")
     assert [r["kind"] for r in found] == ["start", "eval", "train", "train", "end"]
+    assert found[1].items() >= figures.items()
     assert found[3]["tokens"] == 11 * 64
     assert found[3].keys() >= {"loss", "lr", "grad_norm", "ms", "tokens_per_s", "mfu", "mfu_causal", "eta_s", "time"}
     assert found[4]["state"] == "finished"
@@ -247,7 +249,7 @@ def test_trackers_get_numbers_only(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "wandb", runs)
     log = new_monitor(tmp_path, tensorboard=True, wandb_log=True)
-    log.evaluation(5, {"val": 2.5})
+    log.evaluation(5, {"val_loss": 2.5})
     log.close(5, "finished")
     assert seen == [("eval/val_loss", 2.5, 5), ({"eval/val_loss": 2.5}, 5)]
     assert at_exit == [writer.close]
