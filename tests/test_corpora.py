@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import sample, tokenizer, train
+from nanogpt import export, sample, tokenizer, train
 from nanogpt.config import TrainConfig, load
 from nanogpt.data import __main__ as command
 from nanogpt.data import assets, check, find, hub, prepare, sources, splitting
@@ -440,8 +440,9 @@ def test_r22_killed_from_outside_with_workers_and_resumed(gpt2):
                 break
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        process.stderr.close()
         reached.append(at)
         assert not Path("out").exists()
         with pytest.raises(ValueError, match="has not finished"):
@@ -453,6 +454,7 @@ def test_r22_killed_from_outside_with_workers_and_resumed(gpt2):
                 break
             time.sleep(0.02)
         else:
+            os.killpg(process.pid, signal.SIGKILL)
             pytest.fail("processes that encode were left behind")
     assert 300 < reached[1] < reached[2] < reached[3] < 4000
     process = started(0, "a.jsonl", *options, "--workers=2", "--out=out")
@@ -460,6 +462,22 @@ def test_r22_killed_from_outside_with_workers_and_resumed(gpt2):
     assert process.returncode == 0, error
     assert "going on after" in out
     assert contents("out") == want
+
+
+def test_an_interrupted_preparation_says_how_to_go_on(gpt2):
+    """Ctrl-C, which the processes that encode get too: one line, no traceback."""
+    Path("a.jsonl").write_bytes(jsonl(documents(4000)))
+    options = ("--val_fraction=0.02", "--workers=2", "--out=out")
+    process = started(0, "a.jsonl", *options, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(Path().glob(".out.partial/train_*.bin")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate()[1] == "\nprepare: interrupted; the same command goes on from here\n"
+    assert process.returncode == 130
+    process = started(0, "a.jsonl", *options)
+    assert "going on after" in process.communicate()[0]
+    assert contents("out") == contents(made("a.jsonl", *options[:2], "--out=want"))
 
 
 def test_r22_damaged_work_is_not_continued(capsys):
@@ -755,8 +773,8 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
     samples = ((10**10, "sample/10BT"), (0, "data"))
-    monkeypatch.setitem(hub.CORPORA, "openwebtext", hub.Corpus("o/r", "c" * 40, ((0, "plain_text"),), 60))
-    monkeypatch.setitem(hub.CORPORA, "fineweb", hub.Corpus("o/r", "c" * 40, samples))
+    monkeypatch.setitem(hub.CORPORA, "openwebtext", hub.Repository("o/r", "c" * 40, ((0, "plain_text"),), 60))
+    monkeypatch.setitem(hub.CORPORA, "fineweb", hub.Repository("o/r", "c" * 40, samples))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.world
     server.shutdown()
@@ -956,8 +974,8 @@ def test_bpe_needs_its_library(monkeypatch, capsys):
 
 
 def test_bpe_from_text_to_samples(capsys, tmp_path):
-    """Learned from the corpus, saved beside the data, taken by the trainer and by the sampler; used again by name."""
-    pytest.importorskip("tokenizers", reason="the extra `data` is not installed")
+    """Learned from the corpus, saved beside the data, taken by the trainer, the sampler and the export; used again by name."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the extra `data` is not installed")
     texts = documents(300)
     Path("a.jsonl").write_bytes(jsonl(texts))
     path = made("a.jsonl", "--tokenizer=train:300", "--val_fraction=0.1")
@@ -976,6 +994,9 @@ def test_bpe_from_text_to_samples(capsys, tmp_path):
     options = ["--out_dir=out", "--start=kings speak", "--num_samples=1", "--max_new_tokens=20", "--device=cpu"]
     sample.main(options)
     assert capsys.readouterr().out.startswith("kings speak")
+    export.export("out", "hf", False)
+    peer = tokenizers.Tokenizer.from_file("hf/tokenizer.json")
+    assert [peer.encode(text).ids for text in texts] == [encoder.encode(text) for text in texts]
 
 
 def test_uint32_shards_for_a_vocabulary_beyond_65536(trained):

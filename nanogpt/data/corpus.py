@@ -136,15 +136,16 @@ def _local(name: str, input: str) -> tuple[str, list[File], str]:
 def _of_hub(name: str, split: str, val_fraction: float, token_limit: int, revision: str, keep: bool) -> Corpus:
     if split == "tail":
         raise ValueError(f"split=tail: {name} comes file by file, so its end is not known; its documents are drawn")
-    corpus = hub.CORPORA[name]
-    revision = hub.commit(corpus.repo, revision or corpus.revision)
-    files = hub.list_files(corpus.repo, revision, corpus.folder(token_limit))
-    fraction = val_fraction or (0.0005 if corpus.documents else 0.005)
+    known = hub.CORPORA[name]
+    folder = known.folder(token_limit)
+    revision = hub.commit(known.repo, revision or known.revision)
+    files = hub.list_files(known.repo, revision, folder)
+    fraction = val_fraction or (0.0005 if known.documents else 0.005)
     draw = splitting.Draw(fraction)
-    if corpus.documents and split == "auto" and not val_fraction:
-        split, draw = "nanogpt", splitting.NanoGPTDraw(corpus.documents, fraction)
-    origin = f"https://huggingface.co/datasets/{corpus.repo}"
-    downloads = hub.Downloads(corpus.repo, revision, keep)
+    if known.documents and split == "auto" and not val_fraction:
+        split, draw = "nanogpt", splitting.NanoGPTDraw(known.documents, fraction)
+    origin = f"https://huggingface.co/datasets/{known.repo}"
+    downloads = hub.Downloads(known.repo, revision, keep)
     return Corpus(name, files, origin, split.replace("auto", "documents"), fraction, "gpt2", draw, revision, downloads)
 
 

@@ -80,7 +80,6 @@ def _start(folder: Path, key: str) -> None:
     """In a new process: it ends with its parent, however that ends, and leaves the keyboard's signal to it."""
     global _encoder, _key
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_follow_parent, daemon=True).start()
     _encoder, _key = tokenizer.load(folder), key
 

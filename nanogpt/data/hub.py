@@ -23,7 +23,7 @@ ATTEMPTS = 6  # of a download that makes no progress; waits 1, 2, 4, ... seconds
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Repository:
     """A dataset of the hub.
 
     Args:
@@ -47,11 +47,11 @@ class Corpus:
 
 _SAMPLES = ((10**10, "sample/10BT"), (10**11, "sample/100BT"), (350 * 10**9, "sample/350BT"), (0, "data"))
 CORPORA = {
-    "openwebtext": Corpus(
+    "openwebtext": Repository(
         "Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c", ((0, "plain_text"),), documents=8_013_769
     ),
-    "fineweb": Corpus("HuggingFaceFW/fineweb", "9bb295ddab0e05d785b879661af7260fed5140fc", _SAMPLES),
-    "fineweb_edu": Corpus("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", _SAMPLES),
+    "fineweb": Repository("HuggingFaceFW/fineweb", "9bb295ddab0e05d785b879661af7260fed5140fc", _SAMPLES),
+    "fineweb_edu": Repository("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", _SAMPLES),
 }
 
 
