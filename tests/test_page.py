@@ -107,13 +107,20 @@ def browser(tmp_path_factory):
     made.close()
 
 
-HOSTILE = "<img src=x onerror='document.title=1'><script>document.title=2</script>é𝄞\n"
+HOSTILE = "<img src=x onerror='document.title=1'><b>é𝄞</b><script>document.title=2</script>\n"
+
+
+class Phrases(Bytes):
+    """A token is a whole piece of HTML."""
+
+    def decode_bytes(self, ids):
+        return HOSTILE.encode() * len(ids)
 
 
 def test_text_is_shown_as_text(browser):
-    with serving(Parrot(HOSTILE), Bytes()) as client:
+    with serving(Parrot("a"), Phrases()) as client:
         browser.open(client.port)
-        browser.fill(prompt="<b>x</b>\n", max_tokens=2 * len(HOSTILE.encode()), temperature=0)
+        browser.fill(prompt="<b>x</b>\n", max_tokens=2, temperature=0)
         browser.press("run")
         assert browser.status() == "max_tokens reached"
         assert browser.text("old") == "<b>x</b>\n"

@@ -436,9 +436,9 @@ class TestErrors:
             assert client.ask("GET", "/health")[0] == 200
 
 
-def start_streaming(client, **body):
-    """A connection on which a stream has begun, and its first bytes."""
-    connection = client.connect()
+def start_streaming(client, connection=None, **body):
+    """A connection on which a stream was asked for."""
+    connection = connection or client.connect()
     data = json.dumps({"prompt": "a", "max_tokens": 10**6, "stream": True} | body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
     connection.sendall(f"{head}\r\n\r\n".encode() + data)
@@ -513,6 +513,20 @@ class TestClients:
             assert not flood.is_alive()
             for connection in (silent, headers, body, drip, reader):
                 connection.close()
+
+    def test_a_stream_that_is_not_read_is_dropped(self):
+        class Long(Bytes):
+            def decode_bytes(self, ids):
+                return b"abc" * 10_000 * len(ids)
+
+        model = Parrot("abc")
+        with serving(model, Long(), client_timeout=0.5) as client, socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)  # before it connects: the window stays small
+            connection.connect(("127.0.0.1", client.port))
+            start_streaming(client, connection)
+            wait_until(lambda: model.steps > 2)
+            wait_until(lambda: not client.server.worker.jobs and not client.server.server_state.connections)
+            assert client.ask("GET", "/health")[0] == 200
 
     def test_a_body_that_drips_on_after_its_answer_is_dropped(self, model):
         head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\n"

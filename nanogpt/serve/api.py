@@ -168,23 +168,23 @@ class Answer:
         await to_json(200, content)(scope, receive, send)
 
     async def stream(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
-        async def event(content: dict[str, Any] | str, more: bool = True) -> None:
-            data = content if isinstance(content, str) else json.dumps(content)
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})
+        async def events(*contents: dict[str, Any] | str, more: bool = True) -> None:
+            data = [content if isinstance(content, str) else json.dumps(content) for content in contents]
+            body = "".join(f"data: {text}\n\n" for text in data).encode()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         usage = {"usage": None} if self.request.include_usage else {}
         try:
             async for step in job:
-                for piece in step:
-                    await event(self.head | {"choices": [self.choice(piece)]} | usage)
+                await events(*(self.head | {"choices": [self.choice(piece)]} | usage for piece in step))
         except ApiError as error:  # the status is sent already
-            await event(error.body(), more=False)
+            await events(error.body(), more=False)
             return
         if self.request.include_usage:
-            await event(self.head | {"choices": [], "usage": self.usage()})
-        await event("[DONE]", more=False)
+            await events(self.head | {"choices": [], "usage": self.usage()})
+        await events("[DONE]", more=False)
 
 
 async def read_body(request: HttpRequest, limit: int, seconds: float) -> bytes:
