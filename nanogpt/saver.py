@@ -38,12 +38,15 @@ class Saver:
         keep: newest checkpoints to keep, besides the best and the final one.
         background: write in a thread, from a copy in host memory as large as the tensors (12 bytes a parameter under AdamW),
             which is kept for the next save; pinned where they are on a GPU. Else everything happens in :meth:`save`.
+
+    Attributes:
+        pending: the save under way or, if it has ended, not yet reported; else None.
     """
 
     def __init__(self, out_dir: Path, keep: int, background: bool = True):
         self.out_dir, self.keep, self.background = out_dir, keep, background
         self._thread = ThreadPoolExecutor(1, "saver")  # interpreter exit waits for it too
-        self._pending: Future[None] | None = None
+        self.pending: Future[None] | None = None
         self._host: dict[tuple[str, str], Tensor] = {}
 
     def save(
@@ -63,17 +66,17 @@ class Saver:
         copies = [self._copy(name, tensors) for name, tensors in ((checkpoint.MODEL, model), (checkpoint.OPTIM, optim))]
         if any(t.is_cuda for t in model.values()):
             torch.cuda.current_stream().synchronize()
-        self._pending = self._thread.submit(self._write, step, *copies, copy.deepcopy(state))
+        self.pending = self._thread.submit(self._write, step, *copies, copy.deepcopy(state))
         return True
 
     def poll(self) -> None:
         """Tells of a save that has failed meanwhile. Costs nothing; for every step."""
-        if self._pending is not None and self._pending.done():
+        if self.pending is not None and self.pending.done():
             self.wait()
 
     def wait(self) -> bool:
         """Returns when no save is under way; False where the one that was has failed."""
-        pending, self._pending = self._pending, None
+        pending, self.pending = self.pending, None
         return pending is None or _report(pending.result)
 
     def close(self) -> None:

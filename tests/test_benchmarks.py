@@ -41,6 +41,7 @@ def run(op: str, out: Path, *more: str) -> common.Bench:
         ("generate", ["ours-cache", "ours-no-cache"]),
         ("dataloader", ["ours-epoch", "ours-random", "nanogpt"]),
         ("prepare", ["ours", "tiktoken"]),
+        ("checkpoint", ["async", "sync", "step"]),
         ("train_step", ["eager", "ours", "ours-torch"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -388,7 +388,7 @@ def test_r07_a_failure_shows_at_the_next_step(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write", failing(OSError(28, "No space left on device")))
         assert writer.save(1, weights(1), weights(1), {})
-        writer._pending.exception()  # has failed by now
+        writer.pending.exception()  # has failed by now
         assert caplog.text == ""
         writer.poll()
         assert "checkpoint not written: [Errno 28] No space left on device; the checkpoint needs 128 bytes" in caplog.text
