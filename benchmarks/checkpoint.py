@@ -28,7 +28,7 @@ from nanogpt.model import GPT
 from nanogpt.optim import AdamW
 from nanogpt.saver import Saver
 
-T = 64  # tokens a step: a short one, so that many fall into a save
+T = 16  # tokens a step: a short one, so that many fall into a save
 
 
 def main(argv: list[str] | None = None) -> common.Bench:
@@ -60,11 +60,11 @@ def main(argv: list[str] | None = None) -> common.Bench:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="checkpoint-") as folder:
         savers = {name: Saver(Path(folder) / name, 2, background=name == "async") for name in ("async", "sync")}
         savers = bench.wanted(savers)
-        usual = sorted(step() for _ in range(9))[4]
+        alone = [step() for _ in range(5)][1:]  # ms of steps while nothing is saved
         for number in range(repetitions + 1):
             for provider, saver in savers.items():
-                alone = [step() for _ in range(3)]
-                usual = sorted([usual, *alone])[len(alone) // 2]
+                alone.append(step())
+                usual = common.quantiles(alone[-9:]).median
                 before = model.transformer.wte.weight.detach().clone() if number == 0 else None
                 begin = time.perf_counter()
                 saver.save(number, checkpoint.model_tensors(model), checkpoint.optim_tensors(model, optimizer, None), {})
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> common.Bench:
     for (provider, what), ms in times.items():
         rate = {"gbps": nbytes / common.quantiles(ms).median / 1e6} if what == "on-disk" else {}
         bench.row(case, provider, what, stats=common.quantiles(ms), **rate)
-    bench.row(case, "step", "alone", stats=common.quantiles([step() for _ in range(9)]))
+    bench.row(case, "step", "alone", stats=common.quantiles(alone))
     bench.finish()
     return bench
 
