@@ -248,6 +248,20 @@ def test_r05_abandoned_ones_go_when_the_new_course_has_got_as_far(data, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["step-3"]
 
 
+def test_r05_what_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch, caplog):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    saver.abandon(tmp_path, 1)
+
+    def refuse(path, **keys):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    saver.clear(tmp_path)
+    assert caplog.text.count("not removed: Permission denied") == 2
+    assert checkpoint.steps(tmp_path) == []
+
+
 # A run on a file system of its own, which another program fills during update 3 and frees during update 8
 FULL = """
 import os, sys
@@ -472,6 +486,11 @@ def test_r08_a_second_run_on_the_same_directory_is_refused(data, tmp_path, capsy
         holder.kill()
     assert run(data, tmp_path, init_from="resume") == 0  # the lock has died with its holder
     assert status(tmp_path)["state"] == "finished"
+
+
+def test_r08_a_holder_that_has_not_yet_written_its_name():
+    for text in ("", "{", "{}", "7"):
+        assert saver._holder(text) == "in use by another process"
 
 
 def test_r08_a_directory_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
