@@ -163,10 +163,20 @@ def test_any_batch_size_gives_the_same_figure(trained, capsys):
     assert found[0] == figures(trained, "--batch_size=1", capsys=capsys)["loss"]
 
 
+def test_16_bit_and_the_references_are_close(trained, capsys):
+    exact = figures(trained, "--tokens=200", capsys=capsys)
+    references = figures(trained, "--tokens=200", "--kernels=torch", capsys=capsys)
+    assert references["loss"] == pytest.approx(exact["loss"], rel=1e-6)
+    evaluate.dispatch.use("auto")
+    short = figures(trained, "--tokens=200", "--dtype=bfloat16", capsys=capsys)
+    assert (exact["dtype"], short["dtype"]) == ("float32", "bfloat16")
+    assert 0 < abs(short["loss"] - exact["loss"]) < 1e-2
+
+
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_figures(trained, data, items):
     command = ["-m", "nanogpt.evaluate", trained, f"--data={data}", f"--hellaswag={items}"]
-    command += ["--batch_size=3", "--device=cpu", "--json"]
+    command += ["--batch_size=3", "--device=cpu", "--backend=gloo", "--json"]
     found = []
     for launcher in ([], TORCHRUN):
         code, out, err = start([*launcher, *command])
