@@ -163,7 +163,7 @@ def ninja_file(compiler: str, torch: Path, cuda: Path | None) -> str:
     amx = x86 and sys.platform == "linux" and accepts(compiler, AMX)
     objects = [build("ops.o", "cxx", f"{CSRC}/ops.cpp", flags=f"{'-DNANOGPT_X86' * x86} {'-DNANOGPT_AMX' * amx}")]
     if amx:
-        flags = f"{AMX} -Wno-maybe-uninitialized"  # GCC 12 warns of its own headers
+        flags = f"{AMX} -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 warns of its own headers
         objects.append(build("amx.o", "cxx", f"{CSRC}/cpu_amx.cpp", flags=flags + " -Wno-unknown-warning-option"))
     for name, flags in INSTRUCTIONS.items():
         # Neither errno nor traps are looked at; without them sqrt and selections vectorise.
