@@ -3,16 +3,18 @@
     python benchmarks/prepare.py [--quick] [--megabytes 1000] [--keep DIR]
 
 The corpus is Shakespeare's plays, their speeches in another order on each pass, as .jsonl of documents of about 4 kB. The
-preparation is the command itself: it reads, encodes in as many processes as there are cores, splits, writes, syncs, hashes. The
-loop reads the same file and encodes with as many threads, and writes nothing. Both run side by side in slices of some seconds:
-while one works the other is stopped, so that a busy machine slows both alike. `slice` is ms per million tokens over slices,
-`whole` all of it from start to end, in ms. Then the preparation is done again, killed twice, resumed, and compared by byte.
+preparation is the command itself: it reads, encodes in as many processes as there are cores, splits, writes, syncs, hashes.
+The loop reads the same file and encodes with as many threads, and writes nothing. Both run side by side in slices of some
+seconds: while one works the other is stopped, so that a busy machine slows both alike. `slice` is ms per million tokens over
+slices, `whole` all of it from start to end, `cpu` the processor time of all its processes, in ms. Then the preparation is done
+again, killed twice, resumed, and compared by byte.
 """
 
 import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -60,11 +62,12 @@ def documents(path: Path) -> Iterator[list[str]]:
             yield batch
 
 
-def loop(path: Path, count) -> None:
-    """The plain loop; `count` is a shared integer of the tokens so far."""
+def loop(path: Path, count, cpu) -> None:
+    """The plain loop; shared are `count`, tokens so far, and `cpu`, seconds of processor at the end."""
     encoding = GPT2Tokenizer()._encoding
     for batch in documents(path):
         count.value += sum(map(len, encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count()))) + len(batch)
+    cpu.value = time.process_time()
 
 
 class Runner:
@@ -118,6 +121,12 @@ def resident(pid: int) -> float:
         except OSError:
             continue  # it ended
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def children() -> float:
+    """Seconds of processor of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def start(path: Path, out: Path) -> subprocess.Popen:
@@ -184,8 +193,9 @@ def main(argv: list[str] | None = None) -> common.Bench:
     with tempfile.TemporaryDirectory(dir=args.keep) as folder:
         path, out = Path(folder) / "plays.jsonl", Path(folder) / "whole"
         corpus(path, int(megabytes * 1e6))
-        count = multiprocessing.Value("q", 0)
-        plain = multiprocessing.get_context("fork").Process(target=loop, args=(path, count))
+        count, cpu = multiprocessing.Value("q", 0), multiprocessing.Value("d", 0.0)
+        before = children()
+        plain = multiprocessing.get_context("fork").Process(target=loop, args=(path, count, cpu))
         plain.start()
         ours = start(path, out)
         runners = {
@@ -199,6 +209,7 @@ def main(argv: list[str] | None = None) -> common.Bench:
             for runner in runners.values():
                 if not runner.ended():
                     runner.work(seconds)
+        plain.join()
         status = "failed: the preparation" if ours.wait() else verdict(out, path, count.value)
         if status != "ok":
             bench.row(case, "ours", "check", status)
@@ -207,6 +218,8 @@ def main(argv: list[str] | None = None) -> common.Bench:
             if runner.slices:
                 stats = common.quantiles([1e9 * s / n for s, n in runner.slices])
                 bench.row(case, name, "slice", status, stats, tokens_per_s=1e9 / stats.median, peak_mib=peak)
+            spent = cpu.value if name == "tiktoken" else children() - before - cpu.value
+            bench.row(case, name, "cpu", status, common.quantiles([1e3 * spent]), tokens_per_s=count.value / spent)
             whole = common.quantiles([1e3 * runner.active])
             bench.row(case, name, "whole", status, whole, tokens_per_s=count.value / runner.active, peak_mib=peak)
         curve = runners["ours"].memory

@@ -193,6 +193,16 @@ def test_pieces_of_a_text_encode_to_the_tokens_of_the_whole(gpt2, parts, size):
     assert got == [gpt2.encode_array(text).tolist() for text in wanted]
 
 
+def test_no_piece_ends_inside_white_space():
+    """Of any kind: before the last space, which follows another one, no piece may end."""
+    kinds = [chr(i) for i in range(0x110000) if chr(i).isspace()]
+    assert len(kinds) > 25
+    for space in kinds:
+        text = f"é{space} b".encode()
+        assert not sources.BOUNDARY.search(text, text.index(b" b")), repr(space)
+    assert sources.BOUNDARY.search("é b".encode(), 2).start() == 2
+
+
 def test_a_text_without_white_space_is_cut_between_characters(gpt2, monkeypatch):
     monkeypatch.setattr(sources, "BLOCK", 10)
     monkeypatch.setattr(sources, "LONGEST", 100)

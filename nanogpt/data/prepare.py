@@ -27,7 +27,7 @@ from nanogpt.data.writer import SplitWriter, read_journal, sync, write_json
 
 USAGE = "python -m nanogpt.data.prepare NAME|PATH"
 LOCK = ".lock"
-SAVE_SECONDS = 10  # between entries in the journal
+SAVE_SECONDS = 30  # between entries in the journal: what a kill costs at most
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
