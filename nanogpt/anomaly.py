@@ -5,7 +5,9 @@ Statistics of a tensor: largest magnitude, root mean square, mean and the number
 
 import json
 import os
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ def explain(run: "Run", error: DivergenceError) -> str:
     config, first = run.config, error.first
     begin = position(run, first.it)
     end = begin + config.gradient_accumulation_steps * config.batch_size
+    run.saver.wait()  # one may be under way
     found = checkpoint.steps(run.out_dir)
     last = f"{run.out_dir}/step-{found[-1]} is untouched" if found else "there is none yet"
     lines = [
@@ -122,20 +125,28 @@ def statistics(t: Tensor) -> dict[str, float | int]:
 def _recorder(name: str, activations: dict, gradients: dict) -> Callable[[nn.Module, Any, Any], None]:
     """A forward hook that notes a module's outputs, and attaches one for their gradients."""
 
+    def note(label: str, grad: Tensor | None) -> None:
+        if grad is not None:  # an output that nobody used has none
+            gradients[label] = statistics(grad)
+
     def record(module: nn.Module, args: Any, output: Any) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
         for i, t in enumerate(t for t in tensors if t is not None):
             label = name if len(tensors) == 1 else f"{name}[{i}]"
             activations[label] = statistics(t)
             if t.requires_grad:
-                t.register_hook(lambda grad, label=label: gradients.__setitem__(label, statistics(grad)))
+                t.register_hook(partial(note, label))
 
     return record
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a lack of memory: the GPU's or the CPU's, PyTorch's or Python's."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an error is a lack of memory: the GPU's or the CPU's, PyTorch's, Python's, or met in one of our compiled kernels,
+    through whose ABI of an allocation's failure only the fact arrives."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text or re.search(r'"aten::(new_)?(empty|zeros|full)\w*".*call failed', text) is not None
 
 
 def memory_advice(config: TrainConfig, device: torch.device, error: BaseException) -> str:
@@ -148,13 +159,14 @@ def memory_advice(config: TrainConfig, device: torch.device, error: BaseExceptio
     flags = []
     if B > 1:  # the same tokens an update
         flags.append(f"--batch_size={(B + 1) // 2} --gradient_accumulation_steps={2 * G}")
-    if hasattr(config, "recompute") and not config.recompute:
+    if not config.recompute:
         flags.append("--recompute=true")
-    if T > 1 and config.init_from == "scratch":
-        flags.append(f"--block_size={T // 2}")
-    if device.type == "cuda" and config.dtype == "float32":
+    if config.init_from == "scratch":
+        flags.append(f"--block_size={max(1, T // 2)}")
+    if config.dtype == "float32" or (config.dtype == "auto" and device.type == "cpu"):
         flags.append("--dtype=bfloat16")
-    flags.append(f"--n_layer={max(1, config.n_layer // 2)}")
+    if config.async_save and device.type == "cpu":
+        flags.append("--async_save=false")
     what = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return (
         f"out of memory on {device} with batch_size={B}, block_size={T}: peak {peak:,} bytes, free {free:,}; "

@@ -1,6 +1,6 @@
 """Faults on demand, for tests: NANOGPT_FAULT=nan@7:rank1,kill@9,hang@5,enospc@save2 with --allow_fault_injection.
 
-    nan@N       the loss of update N is NaN            nangrad@N   its gradients are, the loss is not
+    nan@N       the loss of update N is NaN, its gradients are not          nangrad@N   the other way round
     spike@N     loss and gradients are 1000 times as large
     oom@N       the device is out of memory            hang@N      the process sleeps for ever
     kill@N      SIGKILL                                enospc@saveN   the N-th save of this process finds the disk full
@@ -105,7 +105,7 @@ def _once(mark: Path) -> bool:
 def _after(run: "Run", module: nn.Module, faults: list[Fault], loss: Tensor) -> Tensor:
     for fault in _due(run, module, faults):
         if fault.kind == "nan":
-            loss = loss * float("nan")
+            loss = loss + float("nan")
         elif fault.kind == "spike":
             loss = loss * 1000.0
         elif fault.kind == "nangrad":

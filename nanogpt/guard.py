@@ -18,6 +18,7 @@ UPDATED, OVERFLOW, NOT_FINITE, SPIKE = range(4)
 WHY = ("", "overflow, loss scale halved", "not finite", "spike")
 WINDOW, SIGMAS = 128, 6.0  # of the spike guard
 HISTORY = 20  # updates that a message shows
+MARGIN = 10.0  # seconds that a run is ready before its time is up
 
 
 @dataclass
@@ -99,6 +100,11 @@ class Guard:
         if self.limit and self.streak >= self.limit:
             raise DivergenceError(self.streak, self.first or step, list(self.history))
 
+    @property
+    def unsound(self) -> bool:
+        """Whether the last update was skipped as not finite, so that the weights may be the reason."""
+        return self.streak > 0 and self.history[-1].verdict == NOT_FINITE
+
     def state(self) -> dict[str, Any]:
         """As JSON; waits for the device."""
         return {"seen": self.seen.item(), "window": self.window.tolist()} if self.spikes else {}
@@ -125,8 +131,8 @@ def not_finite(model: nn.Module, optimizer: AdamW) -> str:
 def latest_stop(hours: float, ledger: Ledger, parameters: int, updates: int) -> float:
     """The time (of time.time()) at which to stop, so that what is left to do is done before the process has run too long.
 
-    Left: three updates, and to write 12 bytes a parameter, for which 100 MB/s are taken, as slow disks have, or one and a half
-    times the longest save so far, whichever is more.
+    Left: three updates, ten seconds, and to write 12 bytes a parameter, for which 100 MB/s are taken, as slow disks have, or
+    one and a half times the longest save so far, whichever is more.
 
     Args:
         hours: that the process may run.
@@ -136,4 +142,4 @@ def latest_stop(hours: float, ledger: Ledger, parameters: int, updates: int) -> 
     """
     save = max(12 * parameters / 100e6, 1.5 * ledger.longest("checkpoint"))
     update = ledger.elapsed("training") / max(1, updates)
-    return ledger.started + hours * 3600 - save - 3 * update
+    return ledger.started + hours * 3600 - save - 3 * update - MARGIN

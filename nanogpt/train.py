@@ -64,6 +64,7 @@ class Run:
     it: int = 0  # updates done
     evaluated: int = -1  # the `it` of the last evaluation
     val_loss: float = math.nan  # of the last evaluation
+    finite: bool = True  # whether all losses of the last evaluation are
     best_val_loss: float = math.inf
     stale: int = 0  # evaluations since the best
     resumed: bool = False
@@ -312,6 +313,16 @@ def save(run: Run, status: str) -> bool:
     return run.saver.save(run.it, checkpoint.model_tensors(run.model), optim, state, wait=status != "running")
 
 
+def unsound(run: Run) -> str:
+    """Why the state of the run is not one to go back to; empty if it is. The same on all ranks."""
+    if run.guard.unsound:
+        return "it was not finite"
+    if run.evaluated == run.it and not run.finite:
+        return "the evaluation is not finite"
+    names = distributed.gather(not_finite(run.model, run.optimizer), run.world)
+    return "; ".join(f"rank {rank}: {name} or its moments are not finite" for rank, name in enumerate(names) if name)
+
+
 @torch.no_grad()
 def evaluate(run: Run, stop: distributed.StopRequest, watchdog: Watchdog) -> dict[str, float] | None:
     """What the ranks find together, None where any of them wants to stop: the mean loss of each split over its fixed set of
@@ -380,10 +391,10 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest, 
         watchdog.at("saving")
         report(readback.flush())
         with monitor.spending(log, "checkpoint"):
-            broken = next(filter(None, distributed.gather(not_finite(run.model, optimizer), world)), "")
-            if broken and world.main:
-                checkpoint.log.warning("checkpoint not written: %s, or its moments, are not finite", broken)
-            saved = not broken and save(run, status)
+            why = unsound(run)
+            if why and world.main:
+                checkpoint.log.warning("checkpoint not written after update %d: %s", run.it, why)
+            saved = not why and save(run, status)
         votes.zero_()
         last_save = time.monotonic()
         return saved
@@ -399,6 +410,7 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest, 
             if figures is None:  # to be done again by the run that resumes
                 return "preempted" if config.eval_only or save_now("preempted") else "failed"
             run.evaluated, run.val_loss = run.it, figures.get("val_loss", math.nan)
+            run.finite = all(math.isfinite(value) for name, value in figures.items() if name.endswith("_loss"))
             improved = run.val_loss < run.best_val_loss
             run.stale = 0 if improved else run.stale + 1
             if improved:

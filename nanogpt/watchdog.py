@@ -80,7 +80,7 @@ class Watchdog:
     def _give_up(self, stalled: float) -> None:
         try:
             before = self._read()
-            time.sleep(2 * self.interval)
+            time.sleep(max(3.0, 2 * self.interval))  # for threads to show that they live, on a busy machine too
             self._publish()
             if time.monotonic() - self.changed < self.timeout:
                 return  # it went on meanwhile
@@ -100,5 +100,5 @@ class Watchdog:
         if self.world.rank in hung:
             faulthandler.dump_traceback()
             if self.world.size > 1:
-                time.sleep(2 * self.interval)  # the others, which end with this one, speak too
+                time.sleep(max(3.0, 2 * self.interval))  # the others, which end with this one, speak too
         os._exit(EXIT_CODE)
