@@ -229,6 +229,22 @@ def test_tail_of_several_texts_is_cut_at_the_character(gpt2, monkeypatch):
         assert encoder.decode(tokens(path, "val").tolist()) == "".join(texts)[cut:]
 
 
+def test_reading_goes_on_from_the_end_of_any_block(monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK", 900)
+    monkeypatch.setattr(sources, "READ", 500)
+    raw = jsonl(documents(150))
+    for name, content in (("a.jsonl", raw), ("b.jsonl.gz", gzip.compress(raw)), ("c.txt.zst", ZST)):
+        Path(name).write_bytes(content)
+    write_parquet("d.parquet", documents(600), rows=100)
+    for name in ("a.jsonl", "b.jsonl.gz", "c.txt.zst", "d.parquet"):
+        (file,) = sources.list_files(Path(name))
+        blocks = list(sources.read(file, 0, "text"))
+        assert len(blocks) > 5
+        for i, block in enumerate(blocks):
+            following = [text for b in blocks[i + 1 :] for text in sources.texts(b, "text")]
+            assert [text for b in sources.read(file, block.after, "text") for text in sources.texts(b, "text")] == following
+
+
 def corrupt_parquet(path):
     write_parquet(path, documents(50))
     raw = bytearray(Path(path).read_bytes())
@@ -286,12 +302,14 @@ def test_missing_packages_are_named(capsys, monkeypatch):
 
 
 def test_tokens_stop_at_the_end_of_a_document(gpt2, capsys):
+    """That is, of the first one by whose end there are as many."""
     texts = documents(100, 2)
     Path("a.jsonl").write_bytes(jsonl(texts))
-    counts = np.cumsum([len(gpt2.encode_array(text)) + 1 for text in texts])
-    path = made("a.jsonl", "--tokens=0.5K", "--val_fraction=0.2")
-    data = open_dataset(path)
-    assert data.count("train") + data.count("val") == counts[np.argmax(counts >= 500)]
+    counts = np.cumsum([len(gpt2.encode_array(text)) + 1 for text in texts]).tolist()
+    k = next(i for i, count in enumerate(counts) if count >= 500)
+    for limit, want in (("0.5K", k), (str(counts[k]), k), (str(counts[k] + 1), k + 1)):
+        data = open_dataset(made("a.jsonl", f"--tokens={limit}", "--val_fraction=0.2"))
+        assert data.count("train") + data.count("val") == counts[want]
     assert "ends before" not in capsys.readouterr().out
     made("a.jsonl", "--tokens=1M", "--val_fraction=0.2")
     assert "a ends before 1,000,000 tokens" in capsys.readouterr().out
