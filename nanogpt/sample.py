@@ -85,6 +85,8 @@ def load(config: LoadConfig) -> tuple[GPT, Tokenizer]:
     """
     dispatch.use(config.kernels)
     device = pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched on the current one
     source = config.out_dir if config.init_from == "resume" else config.init_from
     return pretrained.load_model(source, device, pick_dtype(config.dtype, device))
 

@@ -793,6 +793,17 @@ class TestCommand:
                 assert client.post(wrong)[0] == 400
 
 
+def test_the_thread_works_on_the_models_device(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread().name)))
+    for device in ("cpu", "cuda:1"):
+        weight = type("Weight", (), {"device": torch.device(device)})
+        worker = api.Worker(type("Model", (), {"lm_head": type("Head", (), {"weight": weight})}), None, 1)
+        worker.thread.submit(int).result(10)
+        worker.thread.shutdown()
+    assert chosen == [(torch.device("cuda:1"), "generate_0")]
+
+
 class Missing:
     """An import hook: the module is not installed."""
 

@@ -22,6 +22,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -72,7 +73,9 @@ class Worker:
 
     def __init__(self, model: GPT, encoder: Tokenizer, max_queue: int):
         self.model, self.encoder, self.max_queue = model, encoder, max_queue
-        self.thread = ThreadPoolExecutor(1, "generate")
+        device = model.lm_head.weight.device
+        on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()  # each thread has a current one
+        self.thread = ThreadPoolExecutor(1, "generate", *on_device)
         self.jobs: set[Job] = set()
         self.closing = False
 
