@@ -720,7 +720,7 @@ def test_a_thousand_malformed_requests_and_rude_clients(run_dir, capsys):
         after = command.usage()
         assert after[0] <= before[0], "open files"
         assert after[1] <= before[1] + 4, "threads"  # of the pool that parses, which grows to its size
-        assert after[2] <= before[2] + 24, "MiB"
+        assert after[2] <= before[2] + 12, "MiB"
         assert client.post(good)[1]["choices"][0]["text"] == expected
         command.process.send_signal(signal.SIGTERM)
         assert command.process.wait(20) == 0
