@@ -321,6 +321,8 @@ def test_training_goes_on_as_if_nothing_had_been_scored(data, items, tmp_path, c
     for name, more in (("without", {}), ("with", scoring)):
         assert train.main(load(TrainConfig, arguments(data, tmp_path / name, **keys, **more))) == 0
     assert losses(tmp_path / "without") == losses(tmp_path / "with")
+    assert train.main(load(TrainConfig, arguments(data, tmp_path / "dry", **keys | {"dropout": 0.0}, max_iters=3))) == 0
+    assert losses(tmp_path / "dry")[1:] != losses(tmp_path / "with")[1:3]  # dropout is back on after an evaluation
     for file in (checkpoint.MODEL, checkpoint.OPTIM):
         ours, theirs = ((tmp_path / name / "step-12" / file).read_bytes() for name in ("without", "with"))
         assert ours == theirs
