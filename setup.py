@@ -65,8 +65,9 @@ def find_compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
-def accepts(compiler: str, flags: str) -> bool:
-    command = [*compiler.split(), *flags.split(), "-fsyntax-only", "-xc++", os.devnull]
+def compiles(compiler: str, flags: str, source: Path) -> bool:
+    """Whether compiler and assembler know all that a source without PyTorch asks of them."""
+    command = [*compiler.split(), "-std=c++17", *flags.split(), "-w", "-c", source, "-o", os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -160,7 +161,7 @@ def ninja_file(compiler: str, torch: Path, cuda: Path | None) -> str:
         return target
 
     x86 = len(INSTRUCTIONS) > 1
-    amx = x86 and sys.platform == "linux" and accepts(compiler, AMX)
+    amx = x86 and sys.platform == "linux" and compiles(compiler, AMX, CSRC / "cpu_amx.cpp")
     objects = [build("ops.o", "cxx", f"{CSRC}/ops.cpp", flags=f"{'-DNANOGPT_X86' * x86} {'-DNANOGPT_AMX' * amx}")]
     if amx:
         flags = f"{AMX} -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 warns of its own headers

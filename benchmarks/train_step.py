@@ -41,6 +41,7 @@ from baseline import BaselineGPT, adamw
 from torch import Tensor
 
 from kernels import cpu
+from kernels.linear import split_products
 
 STARTED = float(os.environ.get("TRAIN_STEP_STARTED", "0"))  # by the parent process, before it started this one
 VOCABULARY = 50304
@@ -124,6 +125,16 @@ def ours(
     return Trainer(model, forward, common.backend(kernels, lambda: optimizer.step(max_norm=1.0)), precision)
 
 
+def _splits() -> bool:
+    """Whether precision "high" changes fp32 products here."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return split_products()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def providers(size: Size, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Trainer]]:
     made = {
         "ours": lambda: ours(size, dtype, device, "auto"),
@@ -136,9 +147,11 @@ def providers(size: Size, dtype: torch.dtype, device: str) -> dict[str, Callable
         "compile-max": lambda: baseline(size, dtype, device, "max-autotune-no-cudagraphs", "cudnn", low_residual=True),
     }
     if not device.startswith("cuda"):  # one attention only, and no compile where there may be no C++ compiler
-        cpu = {
+        split = {
             "ours": lambda: ours(size, dtype, device, "auto", precision="high"),
             "ours-exact": made["ours"],
+        }
+        cpu = (split if _splits() else {"ours": made["ours"]}) | {
             "compile": lambda: baseline(size, dtype, device, True, "default"),
             "eager-fused": lambda: baseline(size, dtype, device, False, "default", fused=True),
         }

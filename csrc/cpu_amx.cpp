@@ -1,6 +1,8 @@
 // C = A B in fp32, each factor split into the sum of two bfloat16 numbers: with x = hi + lo, A B = hi hi + hi lo + lo hi, where
-// lo lo, some 2^-17 of the whole, is left out. The products are exact and their sums fp32. It is what PyTorch's
-// float32_matmul_precision "high" stands for, 2^6 times finer than TF32. Numbers beyond 3.38e38 turn into NaN.
+// lo lo is left out. The products are exact and their sums fp32, so that each product is off by 3 * 2^-16 of itself at most, where
+// TF32's is by 2 * 2^-11. It is what PyTorch's float32_matmul_precision "high" stands for. The units take subnormal numbers for
+// zero, so that factors below 2^-118 lose their lo and those below 2^-126 all; infinities, and what rounds to one in bfloat16
+// (from 3.396e38 on), turn into NaN.
 //
 // A tile holds 16 rows of 16 pairs. C (16, 16) += A (16, 32) B (32, 16): A's pairs are neighbours in a row; B's row p holds
 // rows 2p and 2p + 1, interleaved. Either is reached from memory by pairing elements along the depth, vector by vector, and a
@@ -9,7 +11,6 @@
 #include "cpu_amx.h"
 
 #include <immintrin.h>
-#include <memory>
 #include <new>
 
 namespace nanogpt {
@@ -34,15 +35,13 @@ inline Split split(__m512 a, __m512 b) {
   const __m512i a_hi = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(a), half), upper);
   const __m512i b_hi = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(b), half), upper);
   const __m512 a_lo = _mm512_sub_ps(a, _mm512_castsi512_ps(a_hi)), b_lo = _mm512_sub_ps(b, _mm512_castsi512_ps(b_hi));
-  if constexpr (interleave) {
-    const __m512i a_rounded = _mm512_add_epi32(_mm512_castps_si512(a_lo), half);
-    const __m512i b_rounded = _mm512_add_epi32(_mm512_castps_si512(b_lo), half);
-    return {_mm512_or_si512(_mm512_srli_epi32(a_hi, 16), b_hi),
-            _mm512_or_si512(_mm512_srli_epi32(a_rounded, 16), _mm512_and_si512(b_rounded, upper))};
-  } else {
-    return {(__m512i)_mm512_cvtne2ps_pbh(_mm512_castsi512_ps(b_hi), _mm512_castsi512_ps(a_hi)),
-            (__m512i)_mm512_cvtne2ps_pbh(b_lo, a_lo)};
-  }
+  // Of words 0 to 15 (a) and 16 to 31 (b). Unlike the rounding above, the instruction keeps every NaN one.
+  const __m512i hi = (__m512i)_mm512_cvtne2ps_pbh(_mm512_castsi512_ps(b_hi), _mm512_castsi512_ps(a_hi));
+  const __m512i lo = (__m512i)_mm512_cvtne2ps_pbh(b_lo, a_lo);
+  if constexpr (!interleave) return {hi, lo};
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                         4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_permutexvar_epi16(order, hi), _mm512_permutexvar_epi16(order, lo)};
 }
 
 // 16x16 32-bit elements.
@@ -124,6 +123,7 @@ inline void prefetch(const float* c, int64_t ldc) {
 // C (32, 32) = or += the product of `groups` groups of A and of B.
 inline void multiply_tiles(const uint16_t* a, const uint16_t* b, int64_t groups, float* c, int64_t ldc, bool add) {
   const int64_t stride = ldc * static_cast<int64_t>(sizeof(float));
+  asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
   if (add) {
     _tile_loadd(0, c, stride);
     _tile_loadd(1, c + kTile, stride);
@@ -181,25 +181,27 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-struct Free {
-  void operator()(uint16_t* p) const { ::operator delete[](p, std::align_val_t(64)); }
+constexpr TileConfig kConfig;  // in memory as it stands: GCC's _tile_loadconfig says that it reads 8 bytes of the 64
+
+// A thread's packed parts of A and B. No class of the standard library: see least().
+struct Scratch {
+  uint16_t* const words = static_cast<uint16_t*>(::operator new[](4 * kBlock * kDepth * sizeof(uint16_t), std::align_val_t(64)));
+  ~Scratch() { ::operator delete[](words, std::align_val_t(64)); }
 };
 
 }  // namespace
 
 void amx_multiply(const Matrix& a, const Matrix& b, const float* bias, float* c, int64_t ldc, Range rows, Range columns,
                   int64_t depth, bool add) {
-  static thread_local const std::unique_ptr<uint16_t, Free> scratch(
-      static_cast<uint16_t*>(::operator new[](4 * kBlock * kDepth * sizeof(uint16_t), std::align_val_t(64))));
-  uint16_t *const a_packed = scratch.get(), *const b_packed = a_packed + 2 * kBlock * kDepth;
+  static thread_local const Scratch scratch;
+  uint16_t *const a_packed = scratch.words, *const b_packed = a_packed + 2 * kBlock * kDepth;
   if (bias) {
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       for (int64_t j = columns.begin; j < columns.end; ++j) c[i * ldc + j] = bias[j] + (add ? c[i * ldc + j] : 0.0f);
     }
     add = true;
   }
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  _tile_loadconfig(&kConfig);
   for (int64_t j0 = columns.begin; j0 < columns.end; j0 += kBlock) {
     const int64_t j1 = least(columns.end, j0 + kBlock);
     for (int64_t k = 0; k < depth; k += kDepth) {

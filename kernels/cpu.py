@@ -1,6 +1,6 @@
 """The compiled CPU kernels as differentiable functions: what the ``cpp`` backend of the ops in this folder runs.
 
-Matrix products stay with PyTorch; what lies between them is one C++ call each way. M rows (B*T), C channels, N hidden size.
+Matrix products are linear.mm's; what lies between them is one C++ call each way. M rows (B*T), C channels, N hidden size.
 """
 
 import ctypes
@@ -20,9 +20,9 @@ def keep_memory() -> None:
     to the system, which costs some 400 page faults a step of nanoGPT's CPU recipe, 4% of its time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
         mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**30)
+        mallopt(mmap_max, 0)
 
 
 class _LayerNorm(Function):

@@ -116,8 +116,8 @@ def _build(name: str) -> None:
                 raise ChildProcessError(f"NANOGPT_BUILD=1: {BUILD} failed; its messages are above")
 
 
-def _register_fakes() -> None:
-    """What the ops do to fake tensors, so that torch.compile and opcheck see through them."""
+def _register_fakes(name: str) -> str:
+    """What the ops do to fake tensors, so that torch.compile and opcheck see through them; why not, or an empty string."""
 
     def statistics(x):
         return x.new_empty((x.numel() // x.shape[-1] if x.shape[-1] else 0, 2), dtype=torch.float32)
@@ -145,5 +145,9 @@ def _register_fakes() -> None:
         "split_mm_": lambda *args: None,
         "head_attention_backward": lambda dout, qkv, lse, n_head, scale: torch.empty_like(qkv),
     }  # fmt: skip
+    missing = [op for op in fakes if not hasattr(torch.ops.nanogpt, op)]
+    if missing:
+        return f"{name} is of an earlier version, without {', '.join(missing)} ({BUILD})"
     for op, fake in fakes.items():
         torch.library.register_fake(f"nanogpt::{op}", fake)
+    return ""

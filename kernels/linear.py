@@ -1,4 +1,4 @@
-"""y = x W^T + b on cuBLAS, with fp32 parameters and no casts in the step.
+"""y = x W^T + b on cuBLAS, or on a CPU's matrix units, with fp32 parameters and no casts in the step.
 
 Parameters are fp32; GEMMs read a compute-dtype copy of each, its *shadow*, which hangs on the parameter as ``.shadow`` and
 which the AdamW kernel writes together with the parameter. The weight gradient leaves its GEMM in fp32 (the accumulators are
@@ -55,10 +55,10 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """a b + bias, or a b into ``out`` or added to it; what every product of the CPU path goes through.
+    """a b + bias, or a b into ``out`` or added to it; every product of the CPU path but attention's, which has its own.
 
     fp32 on a CPU with AMX, where ``torch.set_float32_matmul_precision`` allows ("high" or "medium"): each factor as the sum of
-    two bfloat16 numbers, as PyTorch defines "high": relative error some 2^-16 of the sum of magnitudes, fp32 accumulators.
+    two bfloat16 numbers, as PyTorch defines "high", with fp32 accumulators: off by 3 * 2^-16 of the sum of magnitudes at most.
 
     Args:
         a, b: (M, K) and (K, N), of one dtype, transposed views included.
@@ -68,7 +68,7 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = No
     if _splits(a):
         out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
         a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
-        torch.ops.nanogpt.split_mm_(out, a, b, bias, add)
+        torch.ops.nanogpt.split_mm_(out, a, b, None if bias is None else bias.contiguous(), add)
         return out
     if out is None:
         return a @ b if bias is None else torch.addmm(bias, a, b)
@@ -77,7 +77,8 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = No
 
 def _splits(a: Tensor) -> bool:
     """Whether to multiply by split factors. Below 32 rows, as in decoding, reading b is what takes time: that does not pay."""
-    return a.dtype == torch.float32 and a.device.type == "cpu" and a.shape[0] >= 32 and a.shape[1] > 0 and split_products()
+    fits = a.dtype == torch.float32 and a.device.type == "cpu" and a.shape[0] >= 32 and a.shape[1] > 0
+    return fits and not torch.is_autocast_enabled("cpu") and split_products()
 
 
 @torch.compiler.assume_constant_result
@@ -95,7 +96,7 @@ def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """cuBLAS only, so plain PyTorch calls inside: torch.compile, DDP and graph capture see through it."""
+    """Plain PyTorch calls and :func:`mm`: torch.compile, DDP and graph capture see through it."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, weight_shadow, bias_shadow):

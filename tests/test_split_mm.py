@@ -60,7 +60,7 @@ def test_product(M, K, N, transposed):
 def test_rows_further_apart_than_they_are_long(transposed):
     a, b = matrix(45, 70, transposed[0] == "t", padding=3), matrix(70, 52, transposed[1] == "t", padding=5)
     whole = torch.full((45, 60), torch.nan)
-    assert mm(a, b, out=whole[:, :52]) is not None
+    mm(a, b, out=whole[:, :52])
     assert_product(whole[:, :52], a, b)
     assert whole[:, 52:].isnan().all(), "written outside of the matrix"
 
@@ -78,6 +78,17 @@ def test_bias_and_sum():
     assert_product(twice - once, a, b)
 
 
+def test_expanded_bias():
+    a, b, bias = torch.randn(40, 33), torch.randn(33, 45), torch.randn(1).expand(45)
+    assert_product(mm(a, b, bias), a, b, bias.double())
+
+
+def test_autocast_is_pytorchs():
+    x, weight = torch.randn(64, 48), torch.randn(40, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
 def test_no_result_depends_on_the_number_of_threads():
     a, b = torch.randn(770, 600).t().contiguous().t(), torch.randn(600, 500)
     before = torch.get_num_threads()
@@ -91,13 +102,21 @@ def test_no_result_depends_on_the_number_of_threads():
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_stays_so(value):
-    a, b = torch.randn(40, 40), torch.randn(40, 40)
-    a[3, 5] = value
-    got = mm(a, b)
+@pytest.mark.parametrize("transposed", ["nn", "nt", "tn", "tt"])
+@pytest.mark.parametrize("bits", [0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], ids=hex)
+def test_what_is_not_finite_stays_so(bits, transposed):
+    value = torch.tensor(bits, dtype=torch.uint32).view(torch.float32)
+    a, b = matrix(40, 40, transposed[0] == "t"), matrix(40, 40, transposed[1] == "t")
+    wrong = a.clone()
+    wrong[3, 5] = value
+    got = mm(wrong, b)
     assert not got[3].isfinite().any()
     assert got[torch.arange(40) != 3].isfinite().all()
+    wrong = b.clone()
+    wrong[5, 3] = value
+    got = mm(a, wrong)
+    assert not got[:, 3].isfinite().any()
+    assert got[:, torch.arange(40) != 3].isfinite().all()
 
 
 def test_small_and_large_numbers():
