@@ -72,10 +72,9 @@ def _load(backend: str) -> str:
     except OSError as error:
         return f"{file.name} does not load: {error.__cause__ or error}"
     if backend == "cpp":
-        _register_fakes()
-    else:
-        for op in ("linear_gelu_", "linear_dgelu_"):
-            torch.library.register_fake(f"nanogpt::{op}", lambda *args: "")
+        return _register_fakes(file.name)
+    for op in ("linear_gelu_", "linear_dgelu_"):
+        torch.library.register_fake(f"nanogpt::{op}", lambda *args: "")
     return ""
 
 

@@ -186,6 +186,18 @@ def test_first_use_builds_once(tree):
         assert " u " not in symbols
 
 
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+def test_library_of_an_earlier_version(tree):
+    """One without the ops of today, as after an update without a build."""
+    subprocess.run(["c++", "-shared", "-xc++", os.devnull, "-o", tree / "kernels" / "nanogpt_cpu.so"], check=True)
+    code = "from kernels import extension; print(extension.unavailable('adamw', 'cpp'))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True
+    )
+    assert run.stdout.startswith("nanogpt_cpu.so is of an earlier version, without adamw_, grad_norm, ")
+    assert run.stdout.endswith(f"({extension.BUILD})\n")
+
+
 def test_failed_build_is_one_line(folder, monkeypatch):
     pytest.importorskip("fcntl")
     (folder.parent / "csrc" / "ops.cpp").touch()
