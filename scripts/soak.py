@@ -87,12 +87,8 @@ class Soak:
             entries[split] = {"shards": [write_shard(self.data / f"{split}_000000.bin", tokens)]}
         (self.data / SIDECAR).write_text(json.dumps({"vocab_size": 32, "splits": entries}))
         self.reference = folder / "reference"
-        self.wait(self.start(self.reference, False))  # what is slow the first time
-        shutil.rmtree(self.reference)
-        begin = time.monotonic()
         if self.wait(self.start(self.reference, False)) != 0:
             raise LostError(f"the undisturbed run failed:\n{self.output(self.reference)}")
-        self.seconds = time.monotonic() - begin
         self.expected = self.end(self.reference)
 
     def start(self, out_dir: Path, resume: bool) -> multiprocessing.Process:
@@ -138,16 +134,11 @@ class Soak:
             found = checkpoint.steps(out_dir)
             newest = int(checkpoint.find(out_dir).name[5:]) if found else 0
             process = self.start(out_dir, bool(found))
-            number = None
-            if time.monotonic() < deadline:
-                process.join(self.random.uniform(0.02, 0.5) * self.seconds)
-                number = self.random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
-                if process.exitcode is None:
-                    os.kill(process.pid, number)
+            number = self.disturb(process, out_dir, newest) if time.monotonic() < deadline else 0
             code = self.wait(process)
-            if code == -signal.SIGKILL or (code in (0, -signal.SIGTERM) and number == signal.SIGTERM):
+            if number:
                 self.counts[signal.Signals(number).name] += 1
-            elif code != 0:
+            if code not in (0, -number):
                 raise LostError(f"{out_dir}: exit code {code}\n{self.output(out_dir)}")
             self.judge_start(out_dir, newest)
             status = out_dir / "status.json"
@@ -161,6 +152,18 @@ class Soak:
             raise LostError(f"{out_dir}: another end than the undisturbed run's")
         self.counts["runs"] += 1
         shutil.rmtree(out_dir)
+
+    def disturb(self, process: multiprocessing.Process, out_dir: Path, newest: int) -> int:
+        """Sends a signal at a random moment after a random update, or before any; 0 where the process has ended before."""
+        target = newest + self.random.randrange(8)
+        while process.exitcode is None and max(checkpoint.steps(out_dir), default=0) < target:
+            process.join(0.005)
+        process.join(self.random.uniform(0, 0.1))
+        if process.exitcode is not None:
+            return 0
+        number = self.random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+        os.kill(process.pid, number)
+        return number
 
     def judge_start(self, out_dir: Path, newest: int) -> None:
         """Where the last process began: at the newest checkpoint that was whole, or a newer one that it put back."""
