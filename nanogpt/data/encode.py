@@ -64,7 +64,7 @@ def in_order(blocks: Iterable[Block], folder: Path, key: str, workers: int) -> I
     try:
         for block in blocks:
             waiting.append((block._replace(parts=[]), pool.submit(_work, block)))
-            if len(waiting) > 3 * workers:
+            if len(waiting) > 8 * workers:  # some seconds of work, in which the disk may be slow
                 block, result = waiting.popleft()
                 yield block, result.result()
         while waiting:
