@@ -40,7 +40,7 @@ def last_logits(model: GPT, idx: Tensor, prompt: int, cached: bool) -> Tensor:
 def main(argv: list[str] | None = None) -> common.Bench:
     args = common.parser(__doc__).parse_args(argv)
     bench = common.Bench("generate", args)
-    size_name = "tiny" if args.tiny else "124M" if bench.gpu else "cpu"
+    size_name = "tiny" if args.tiny else "124M" if bench.gpu else "shakespeare_cpu"
     size = SIZES[size_name]
     model = build(size, bench.dtype, bench.device)
     exact_model = build(size, torch.float32, bench.device)
