@@ -140,7 +140,7 @@ sys.exit(train.main(config.load(config.TrainConfig, sys.argv[1:])))
 def test_r15_all_ranks_skip_what_is_not_finite_on_one(data, tmp_path):  # noqa: F811
     script = tmp_path / "probe.py"
     script.write_text(PROBE)
-    command = [*TORCHRUN, script, *arguments(data, tmp_path / "out", **INJECTED)]
+    command = [*TORCHRUN, script, *arguments(data, tmp_path / "out", timeout=40, **INJECTED)]
     code, out, err = start(command, NANOGPT_FAULT="nan@4:rank1,nangrad@7:rank0,nan@9:rank0")
     assert code == 0, err
     digests = [[line.split()[1] for line in (tmp_path / "out" / f"digests-{rank}").read_text().splitlines()] for rank in "01"]
