@@ -54,7 +54,10 @@ struct LinearGelu {
   void* bias;     // (n,) read forward, its gradient written backward; may be null
   void* aux;      // (m, n): pre, written forward unless null, read backward
 };
-// Why cuBLASLt cannot be used at all; empty if it can.
+// Finds cuBLASLt's functions in the library of this CUDA release, PyTorch's, on the first call, ahead of all below. Returns why
+// cuBLASLt cannot be used at all; empty if it can.
+std::string linear_gelu_load(int64_t cuda_major);
+// The same again.
 std::string linear_gelu_missing();
 // The bytes of workspace that linear_gelu needs, or why there is no algorithm. Chosen once per shape, device and alignment.
 std::string linear_gelu_workspace(void* handle, const LinearGelu& x, size_t* bytes);

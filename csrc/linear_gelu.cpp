@@ -30,33 +30,27 @@ struct Library {
 #define MEMBER(name, arguments) Status(*name) arguments = nullptr;
   CUBLASLT_FUNCTIONS(MEMBER)
 #undef MEMBER
-  std::string missing;  // why it cannot be used
+  std::string missing = "linear_gelu_load has not been called";  // why it cannot be used
 
-  Library() {
-    // PyTorch's CUDA builds bring the library and have loaded it by now, whichever release it is of. A build that links it
-    // statically leaves it to the system.
-    void* library = nullptr;
-    for (const int mode : {RTLD_NOW | RTLD_NOLOAD, int{RTLD_NOW}}) {
-      for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"}) {
-        if (library == nullptr) library = dlopen(name, mode);
-      }
-    }
+  // Only the library that PyTorch has loaded: the handle is PyTorch's, and another copy or release would not know it.
+  void load(int64_t cuda_major) {
+    const std::string soname = "libcublasLt.so." + std::to_string(cuda_major);
+    void* library = dlopen(soname.c_str(), RTLD_NOW | RTLD_NOLOAD);
     if (library == nullptr) {
-      missing = "no libcublasLt.so.12 or .13 is loaded or found";
+      missing = "PyTorch has loaded no " + soname;
       return;
     }
+    missing.clear();
 #define LOAD(name, arguments)                                                     \
   name = reinterpret_cast<decltype(name)>(dlsym(library, "cublasLt" #name));      \
-  if (name == nullptr) missing = "libcublasLt has no function cublasLt" #name;
+  if (name == nullptr) missing = soname + " has no function cublasLt" #name;
     CUBLASLT_FUNCTIONS(LOAD)
 #undef LOAD
   }
 };
 
-const Library& library() {
-  static const Library loaded;
-  return loaded;
-}
+Library loaded;
+const Library& library() { return loaded; }
 
 // An object of the library's, destroyed at the end of the scope.
 struct Owned {
@@ -178,6 +172,12 @@ const Plan& plan(void* handle, const LinearGelu& x) {
 }
 
 }  // namespace
+
+std::string linear_gelu_load(int64_t cuda_major) {
+  static std::once_flag once;
+  std::call_once(once, [&] { loaded.load(cuda_major); });
+  return loaded.missing;
+}
 
 std::string linear_gelu_missing() { return library().missing; }
 

@@ -152,13 +152,13 @@ std::string linear_dgelu_cuda(const Tensor& dy, const Tensor& w, const Tensor& p
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nanogpt, m) {
-  m.def("linear_gelu_missing() -> str");
+  m.def("linear_gelu_load(int cuda_major) -> str missing");
   m.def("linear_gelu_(Tensor x, Tensor w, Tensor? bias, Tensor(a!) post, Tensor(b!)? pre) -> str missing");
   m.def("linear_dgelu_(Tensor dy, Tensor w, Tensor pre, Tensor(a!) dpre, Tensor(b!)? dbias) -> str missing");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nanogpt, CompositeExplicitAutograd, m) {
-  m.impl("linear_gelu_missing", TORCH_BOX(&linear_gelu_missing));
+  m.impl("linear_gelu_load", TORCH_BOX(&linear_gelu_load));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nanogpt, CUDA, m) {

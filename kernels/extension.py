@@ -37,7 +37,7 @@ def unavailable(op: str, backend: str) -> str:
         return f"csrc has no {op} for {backend}"
     missing = _load(backend)
     if not missing and (op, backend) == ("gelu_mlp", "cuda"):  # which is another library's
-        missing = torch.ops.nanogpt.linear_gelu_missing()
+        missing = torch.ops.nanogpt.linear_gelu_load(int(torch.version.cuda.split(".")[0]))
     return missing
 
 

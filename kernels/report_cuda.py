@@ -2,7 +2,8 @@
 
 Each row is one kernel: registers per thread, static shared memory in bytes, stack and spilled bytes, and the widest access of
 each kind in its machine code (SASS), in bits: LDG and STG global, LDS and STS shared memory. Exit code 1 where a kernel
-spills, 2 without nvcc. The cross-entropy row kernel's shared memory is dynamic on top: a row of logits, where that fits an SM.
+spills; 2 without nvcc or cuobjdump, where a source does not compile, and where no kernel has the name. The cross-entropy row
+kernel's shared memory is dynamic on top: a row of logits, where that fits an SM.
 """
 
 import argparse
@@ -41,15 +42,24 @@ class Kernel(NamedTuple):
 
 
 def find_nvcc() -> tuple[str, str]:
-    """Path and release of the CUDA compiler; empty without one."""
-    homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
-    for path in [*(f"{home}/bin/nvcc" for home in homes), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]:
-        if path and Path(path).exists():
-            text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-            release = re.search(r"release (\d+\.\d+)", text)
-            if release:
-                return path, release[1]
+    """Path and release of the CUDA compiler that setup.py takes, by its rule; empty without one."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if on_path := shutil.which("nvcc"):  # which may be a wrapper: it is asked for the real one
+        homes += re.findall(r"#\$ _HERE_=(.+)/bin$", _said([on_path, "--dryrun", "-c", "probe.cu"]), re.MULTILINE)
+    for home in [*homes, "/usr/local/cuda"]:
+        path = Path(home or "") / "bin" / "nvcc"
+        if home and path.exists():
+            release = re.search(r"release (\d+\.\d+)", _said([path, "--version"]))
+            return (str(path), release[1]) if release else ("", "")
     return "", ""
+
+
+def _said(command: list[str | Path]) -> str:
+    """What a program prints; empty where it does not run."""
+    try:
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    except OSError:
+        return ""
 
 
 def find_cuobjdump(nvcc: str) -> str:
@@ -65,7 +75,7 @@ def compile_source(source: Path, arch: str, nvcc: str, cuobjdump: str) -> list[K
     """The kernels of a ``.cu`` file for one architecture, such as ``"90a"``.
 
     Raises:
-        RuntimeError: where it does not compile, which any warning counts as.
+        RuntimeError: where it does not compile, which any warning counts as, or cuobjdump cannot read the result.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"
@@ -73,8 +83,10 @@ def compile_source(source: Path, arch: str, nvcc: str, cuobjdump: str) -> list[K
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{source.name} for sm_{arch}: {result.stderr}")
-        sass = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    bodies = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\t\tFunction|\Z)", sass, re.DOTALL))
+        dump = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True)
+        if dump.returncode:
+            raise RuntimeError(f"{source.name} for sm_{arch}: {cuobjdump}: {dump.stderr}")
+    bodies = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\t\tFunction|\Z)", dump.stdout, re.DOTALL))
     kernels = []
     for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", result.stderr, re.DOTALL):
         usage = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -96,7 +108,7 @@ def readable(names: list[str]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="*", default=list(ARCHS), help="such as 80 86 90a")
+    parser.add_argument("--arch", nargs="+", default=list(ARCHS), help="such as 80 86 90a")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     args = parser.parse_args()
     nvcc, release = find_nvcc()
@@ -106,19 +118,27 @@ def main() -> int:
         return 2
     print(f"nvcc {release}, {' '.join(STRICT[:2])}")
     print(f"{'kernel':<40} {'arch':>6} {'regs':>5} {'shared':>7} {'stack':>6} {'spills':>7}  widest accesses")
-    bad = 0
+    bad = shown = 0
     for source in sorted(CSRC.glob("*.cu")):
         for arch in args.arch:
-            kernels = compile_source(source, arch, nvcc, cuobjdump)
+            try:
+                kernels = compile_source(source, arch, nvcc, cuobjdump)
+            except RuntimeError as error:
+                print(f"report_cuda: {error}", file=sys.stderr)
+                return 2
             for name, k in zip(readable([k.name for k in kernels]), kernels, strict=True):
                 if args.only not in name:
                     continue
+                shown += 1
                 bad += k.spills > 0
                 accesses = " ".join(f"{kind}.{k.accesses[kind]}" for kind in ("LDG", "STG", "LDS", "STS") if kind in k.accesses)
                 print(
                     f"{name:<40} {'sm_' + arch:>6} {k.registers:5d} {k.shared:7d} {k.stack:6d} {k.spills:7d}  {accesses}",
                     flush=True,
                 )
+    if not shown:
+        print(f"report_cuda: --only {args.only}: no kernel's name contains it", file=sys.stderr)
+        return 2
     return 1 if bad else 0
 
 

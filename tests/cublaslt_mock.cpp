@@ -7,11 +7,11 @@
 #include "../csrc/cuda_kernels.h"
 
 // 0: done; 1: no algorithm; 2: an error; the message goes to `message`.
-extern "C" int run(int backward, long m, long n, long k, void* a, void* w, void* d, void* bias, void* aux, char* message) {
+extern "C" int run(int cuda_major, int backward, long m, long n, long k, void* a, void* w, void* d, void* bias, void* aux, char* message) {
   using namespace nanogpt;
   const LinearGelu x = {backward != 0, Type::bf16, 0, m, n, k, a, w, d, bias, aux};
   size_t bytes = 0;
-  std::string text = linear_gelu_missing();
+  std::string text = linear_gelu_load(cuda_major);
   int code = text.empty() ? 0 : 1;
   if (!code) code = (text = linear_gelu_workspace(nullptr, x, &bytes)).empty() ? 0 : 1;
   if (!code) code = (text = linear_gelu(nullptr, x, bytes ? new char[bytes] : nullptr, nullptr)).empty() ? 0 : 2;

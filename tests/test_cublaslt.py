@@ -46,7 +46,7 @@ CHILD = """
 import ctypes, sys
 import numpy as np
 
-folder, file, library = sys.argv[1:]
+folder, file, library, release = sys.argv[1:]
 library = ctypes.CDLL(library) if library else None
 run = ctypes.CDLL(f"{folder}/driver.so").run
 loaded = np.load(file)
@@ -64,7 +64,7 @@ for case in dict.fromkeys(name.partition(".")[0] for name in loaded):
     sizes = [ctypes.c_long(size) for size in (*d.shape, a.shape[1])]
     pointers = [None if x is None else ctypes.c_void_p(x.ctypes.data) for x in (a, w, d, bias, aux)]
     message = ctypes.create_string_buffer(256)
-    cases[f"{case}.code"] = run(int("backward" in case), *sizes, *pointers, message)
+    cases[f"{case}.code"] = run(int(release), int("backward" in case), *sizes, *pointers, message)
     cases[f"{case}.message"] = message.value.decode()
 cases["heuristics"] = ctypes.c_int.in_dll(library, "heuristics").value if hasattr(library, "heuristics") else 0
 np.savez(file + ".out", **cases)
@@ -94,13 +94,13 @@ def libraries(tmp_path_factory):
     return folder
 
 
-def run(libraries, tmp_path, cases, library=None):
+def run(libraries, tmp_path, cases, library=None, release=13):
     """{case: {name: bf16 tensor}} -> "case.name": what the C++ left there; "case.code": 1 is no algorithm; "case.message"."""
     file = tmp_path / "cases.npz"
     flat = {f"{case}.{name}": x for case, tensors in cases.items() for name, x in tensors.items() if x is not None}
     np.savez(file, **{name: x.contiguous().view(torch.int16).numpy() for name, x in flat.items()})
     library = libraries / "libcublasLt.so.13" if library is None else library
-    subprocess.run([sys.executable, "-c", CHILD, libraries, file, library], check=True)
+    subprocess.run([sys.executable, "-c", CHILD, libraries, file, library, str(release)], check=True)
     out = np.load(f"{file}.out.npz")
     return {k: torch.from_numpy(out[k]).view(torch.bfloat16) if k in flat else out[k].item() for k in out}
 
@@ -160,7 +160,20 @@ def test_no_library_is_reported(libraries, tmp_path):
     x, w, b, _, _ = problem(16, 16, 16, True)
     out = run(libraries, tmp_path, {"case": {"a": x, "w": w, "d": torch.empty_like(x), "bias": b}}, library="")
     assert out["case.code"] == 1
-    assert out["case.message"] == "no libcublasLt.so.12 or .13 is loaded or found"
+    assert out["case.message"] == "PyTorch has loaded no libcublasLt.so.13"
+
+
+def test_another_release_than_pytorchs_is_not_taken(libraries, tmp_path):
+    x, w, b, _, _ = problem(16, 16, 16, True)
+    out = run(libraries, tmp_path, {"case": {"a": x, "w": w, "d": torch.empty_like(x), "bias": b}}, release=12)
+    assert out["case.message"] == "PyTorch has loaded no libcublasLt.so.12"
+
+
+def test_a_copy_that_pytorch_has_not_loaded_is_not_taken(libraries, tmp_path, monkeypatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(libraries))
+    x, w, b, _, _ = problem(16, 16, 16, True)
+    out = run(libraries, tmp_path, {"case": {"a": x, "w": w, "d": torch.empty_like(x), "bias": b}}, library="")
+    assert out["case.message"] == "PyTorch has loaded no libcublasLt.so.13"
 
 
 def test_the_real_library_takes_the_descriptions(libraries, tmp_path):
@@ -176,7 +189,7 @@ def test_the_real_library_takes_the_descriptions(libraries, tmp_path):
         "backward": {"a": dy, "w": w_proj, "d": d, "bias": torch.empty_like(d[0]), "aux": aux},
         "backward-nobias": {"a": dy, "w": w_proj, "d": d, "aux": aux},
     }
-    out = run(libraries, tmp_path, cases, library=found[-1])
+    out = run(libraries, tmp_path, cases, library=found[-1], release=found[-1].suffix[1:])
     message = "cuBLASLt has no algorithm for this shape (status 1)"
     assert {case: out[f"{case}.message"] for case in cases} == dict.fromkeys(cases, message)
 
@@ -291,6 +304,26 @@ def test_empty_batch(emulation):
     assert emulation.calls == []
 
 
+def test_empty_weights_give_defined_results(emulation):
+    x, w, bias = (torch.randn(*shape).bfloat16() for shape in ((5, 0), (32, 0), (32,)))
+    with pytest.warns(RuntimeWarning, match="linear_gelu of 5 x 32 x 0: empty weights"):
+        post, pre = cublaslt.linear_gelu(x, w, bias, True)
+    assert torch.equal(pre, bias.expand(5, 32))
+    assert torch.equal(post, F.gelu(pre, approximate="tanh"))
+    with pytest.warns(RuntimeWarning, match="linear_dgelu of 5 x 32 x 0: empty weights"):
+        dpre, dbias = cublaslt.linear_dgelu(x, w.t(), pre, True)
+    assert torch.equal(dpre, torch.zeros(5, 32).bfloat16())
+    assert torch.equal(dbias, torch.zeros(32))
+    assert emulation.calls == []
+
+
+def test_bias_gradient_in_fp16_does_not_overflow(emulation):
+    dy, w, pre = torch.full((64, 8), 100.0).half(), torch.full((8, 16), 8.0).half(), torch.full((64, 16), 4.0).half()
+    dpre, dbias = cublaslt.linear_dgelu(dy, w, pre, True)  # 64 values of 6,400: more than fp16's 65,504
+    assert torch.equal(dbias, dpre.float().sum(0))
+    assert dbias.min() > 4e5
+
+
 def test_strided_and_expanded_inputs(emulation):
     x, parameters, dy = make(40, 48, 80, torch.bfloat16, True)
     parameters = [p.t().contiguous().t() if p.dim() == 2 else p for p in parameters]
@@ -363,10 +396,11 @@ def test_it_runs_on_request_only_and_its_limits_are_told(monkeypatch):
 
 def test_a_missing_library_is_the_reason(monkeypatch):
     monkeypatch.setattr(extension, "_load", lambda backend: "")
-    monkeypatch.setattr(torch, "ops", SimpleNamespace(nanogpt=SimpleNamespace(linear_gelu_missing=lambda: "no libcublasLt")))
+    monkeypatch.setattr(torch, "ops", SimpleNamespace(nanogpt=SimpleNamespace(linear_gelu_load="no libcublasLt.so.{}".format)))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     extension.unavailable.cache_clear()
     try:
-        assert extension.unavailable("gelu_mlp", "cuda") == "no libcublasLt"
+        assert extension.unavailable("gelu_mlp", "cuda") == "no libcublasLt.so.13"
         assert extension.unavailable("adamw", "cuda") == ""
     finally:
         extension.unavailable.cache_clear()

@@ -1,9 +1,12 @@
 """What nvcc makes of every .cu file, without a GPU: strict warnings, no spills, 128-bit accesses, for sm_80 and sm_90a."""
 
 import re
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
+import setuptools
 
 from kernels import report_cuda
 
@@ -61,8 +64,6 @@ def test_warnings_and_spills_are_errors(compilers, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["report_cuda", "--arch", "80", "--only", "spilling"])
     assert report_cuda.main() == 1
     assert "spilling_kernel" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["report_cuda", "--arch", "80", "--only", "other"])
-    assert report_cuda.main() == 0
 
 
 def test_widest_accesses():
@@ -78,13 +79,77 @@ def test_without_nvcc(monkeypatch, capsys):
     assert capsys.readouterr().err == "report_cuda: no nvcc (set CUDA_HOME)\n"
 
 
-def test_nvcc_is_found_by_cuda_home(monkeypatch, tmp_path):
-    compiler = tmp_path / "bin" / "nvcc"
-    compiler.parent.mkdir()
-    compiler.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.1'\n")
-    compiler.chmod(0o755)
+def test_without_cuobjdump(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report_cuda"])
+    monkeypatch.setattr(report_cuda, "find_nvcc", lambda: ("/cuda/bin/nvcc", "13.0"))
+    monkeypatch.setattr(report_cuda, "find_cuobjdump", lambda nvcc: "")
+    assert report_cuda.main() == 2
+    assert capsys.readouterr().err == "report_cuda: no cuobjdump\n"
+
+
+def compiled(spills):
+    return lambda *arguments: [report_cuda.Kernel("adamw_kernel", 32, 0, 0, spills, "")]
+
+
+def fails(*arguments):
+    raise RuntimeError("adamw.cu for sm_80: error: expected a ';'")
+
+
+@pytest.mark.parametrize(
+    ("compile_source", "only", "code", "message"),
+    [
+        (compiled(0), "adamw", 0, ""),
+        (compiled(8), "adamw", 1, ""),
+        (
+            lambda *arguments: [report_cuda.Kernel("adamw_kernel", 32, 0, 0, 8, "")],
+            "nome",
+            2,
+            "report_cuda: --only nome: no kernel's name contains it\n",
+        ),
+        (fails, "", 2, "report_cuda: adamw.cu for sm_80: error: expected a ';'\n"),
+    ],
+    ids=["clean", "spills", "no-match", "no-compile"],
+)
+def test_exit_codes(monkeypatch, capsys, compile_source, only, code, message):
+    monkeypatch.setattr(sys, "argv", ["report_cuda", "--only", only])
+    monkeypatch.setattr(report_cuda, "find_nvcc", lambda: ("/cuda/bin/nvcc", "13.0"))
+    monkeypatch.setattr(report_cuda, "find_cuobjdump", lambda nvcc: "/cuda/bin/cuobjdump")
+    monkeypatch.setattr(report_cuda, "compile_source", compile_source)
+    assert report_cuda.main() == code
+    assert capsys.readouterr().err == message
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A stand-in for nvcc in a home of its own, and a wrapper of it in another folder."""
+    home, wrapper = tmp_path / "cuda", tmp_path / "wrapper" / "nvcc"
+    for path, text in (
+        (home / "bin" / "nvcc", f"echo '#$ _HERE_={home}/bin' >&2; echo 'Cuda compilation tools, release 12.9, V12.9.1'"),
+        (wrapper, f'exec {home}/bin/nvcc "$@"'),
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    return home, wrapper.parent
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH", "PATH"])
+def test_nvcc_is_the_one_that_setup_takes(monkeypatch, toolkit, variable):
+    home, wrapper = toolkit
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(wrapper if variable == "PATH" else home))
+    assert report_cuda.find_nvcc() == (f"{home}/bin/nvcc", "12.9")
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    setup = runpy.run_path(str(Path(__file__).parent.parent / "setup.py"))
+    assert setup["find_cuda"]() == (home, "12.9")
+
+
+def test_an_nvcc_that_does_not_run_is_none(monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text("")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert report_cuda.find_nvcc() == (str(compiler), "12.9")
+    assert report_cuda.find_nvcc() == ("", "")
 
 
 def test_every_pattern_names_a_kernel():
