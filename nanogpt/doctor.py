@@ -6,6 +6,7 @@
 Works where PyTorch does not import, too.
 """
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -15,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,13 @@ TRIAL = """
 import sys, time
 import torch
 import nanogpt.train
+from kernels import dispatch
 from nanogpt.config import GPTConfig
 from nanogpt.distributed import pick_device, pick_dtype
 from nanogpt.model import GPT
 from nanogpt.optim import AdamW, LossScale
 
+dispatch.use("auto")  # as a run does
 begin = time.perf_counter()
 torch.manual_seed(1337)
 device = pick_device("auto")
@@ -89,6 +91,8 @@ def cpu() -> dict[str, str]:
 
 def packages() -> tuple[dict[str, str], list[str]]:
     """What is not installed, each with the command that brings it; and the names that training cannot do without."""
+    import tomllib  # Python 3.11
+
     project = ROOT / "pyproject.toml"
     if project.exists():
         table = tomllib.loads(project.read_text())["project"]
@@ -120,14 +124,27 @@ def missing(requirements: list[str]) -> list[str]:
     return names
 
 
+def cpp_compiler() -> str:
+    """The C++ compiler's version, or why there is none: for setup.py, a CC or CXX that does not run means that."""
+    chosen = [v for v in ("CXX", "CC") if v in os.environ]
+    for variable in chosen:
+        if not preprocesses(os.environ[variable].split()):
+            return f"{variable}={os.environ[variable]} does not run: the install is pure Python"
+    if not chosen and not preprocesses(["c++"]):
+        return "c++ does not run: the install is pure Python"
+    return output(*os.environ.get("CXX", "c++").split(), "--version").partition("\n")[0]
+
+
+def preprocesses(compiler: list[str]) -> bool:
+    return output(*compiler, "-E", "-dM", "-xc++", os.devnull) != ""
+
+
 def tools(torch_cuda: str | None) -> dict[str, str]:
     """Compilers, and whether they fit."""
     from kernels.report_cuda import find_nvcc
 
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    version = output(compiler, "--version").partition("\n")[0]
     path, release = find_nvcc()
-    report = {"C++": version or f"{compiler} does not run: the install is pure Python", "nvcc": "none"}
+    report = {"C++": cpp_compiler(), "nvcc": "none"}
     if path:
         fit = "PyTorch is built without CUDA" if torch_cuda is None else f"PyTorch's is {torch_cuda}: "
         if torch_cuda:
@@ -170,10 +187,11 @@ def backends(torch: Any) -> tuple[dict[str, str], dict[str, str]]:
     """State of the compiled libraries, and the backend of each op with its reason.
 
     Raises:
-        ValueError: where NANOGPT_KERNELS asks for what cannot run here.
+        OSError: where a build that NANOGPT_BUILD=1 asks for fails, or another process holds it.
     """
     from kernels import dispatch, extension
 
+    dispatch.use("auto")  # as a run does, whatever NANOGPT_KERNELS says
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     groups: dict[str, list[str]] = {}
     for op, (backend, reason) in dispatch.explain(device).items():
@@ -192,14 +210,20 @@ def disk() -> tuple[dict[str, str], str]:
     """Space and rights where one would train; the second is what is wrong with it."""
     here = Path.cwd()
     free = shutil.disk_usage(here).free / 1e9
+    problem, state = "", "writable"
+    if free < FREE_DISK:
+        problem = f"{free:.1f} GB are free in {here}: free some space, or choose --out_dir on another disk"
     try:
         with tempfile.TemporaryFile(dir=here):
-            problem = ""
+            pass
     except OSError as error:
-        problem = f"{here} is not writable ({error.strerror}): train in another directory, or choose --out_dir"
-    if not problem and free < FREE_DISK:
-        problem = f"{free:.1f} GB are free in {here}: free some space, or choose --out_dir on another disk"
-    report = {"current directory": f"{here}, {'not ' * bool(problem)}writable, {free:.0f} GB free"}
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            state = f"full ({error.strerror})"
+            problem = f"{here} is {state}: free some space, or choose --out_dir on another disk"
+        else:
+            state = f"not writable ({error.strerror})"
+            problem = f"{here} is {state}: train in another directory, or choose --out_dir"
+    report = {"current directory": f"{here}, {state}, {free:.0f} GB free"}
     if Path("/dev/shm").exists():
         report["/dev/shm"] = f"{shutil.disk_usage('/dev/shm').free / 1e9:.1f} GB free"
     return report, problem
@@ -233,9 +257,9 @@ def examine(with_trial: bool = True) -> dict[str, Any]:
     if Path(kernels.__file__ or "").parent != ROOT / "kernels":
         hidden = f"another package named kernels hides ours: pip uninstall kernels ({kernels.__file__})"
         return report | {"problems": [hidden]}
+    if sys.version_info < OLDEST_PYTHON:  # what follows may not even import
+        return report | {"problems": [f"Python {platform.python_version()} is too old: install 3.11 or later"]}
     problems = []
-    if sys.version_info < OLDEST_PYTHON:
-        problems.append(f"Python {platform.python_version()} is too old: install 3.11 or later")
     absent, needed = packages()
     if torch is None:
         problems.append(f"torch {state}; pip install 'torch>=2.11', or bash scripts/quickstart.sh, which makes an environment")
@@ -253,8 +277,8 @@ def examine(with_trial: bool = True) -> dict[str, Any]:
     if usable:
         try:
             report["extension"], report["kernels"] = backends(torch)
-        except ValueError as error:
-            problems.append(f"{error}; unset NANOGPT_KERNELS")
+        except OSError as error:
+            problems.append(str(error))
     if torch is not None:
         report["distributed"] = distributed(torch)
     report["disk"], full = disk()

@@ -1,5 +1,7 @@
 """nanogpt.doctor: what it finds on this machine, and what it says of machines that lack something."""
 
+import ast
+import errno
 import json
 import os
 import re
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import dispatch, report_cuda
+from kernels import dispatch, extension, report_cuda
 from nanogpt import doctor
 
 ROOT = Path(__file__).parent.parent
@@ -76,20 +78,43 @@ def problems():
     return doctor.examine(with_trial=False)["problems"]
 
 
-def test_a_backend_that_cannot_run_here(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    dispatch.use("cuda")  # as NANOGPT_KERNELS=cuda
-    (problem,) = problems()
-    assert re.fullmatch(r"kernels=cuda: \w+ on cpu: for cuda tensors only; unset NANOGPT_KERNELS", problem)
+def test_the_variable_that_a_run_overrides_changes_nothing(tmp_path):
+    elsewhere = "cpp" if torch.cuda.is_available() else "cuda"  # an op refuses it here
+    usual, asked = (json.loads(run("--json", NANOGPT_KERNELS=kernels, cwd=tmp_path).stdout) for kernels in ("auto", elsewhere))
+    assert asked["problems"] == []
+    assert asked["kernels"] == usual["kernels"]
+    assert asked["trial"]["two updates"].startswith("loss ")
+
+
+@pytest.mark.parametrize("error", [ChildProcessError("NANOGPT_BUILD=1: it failed"), TimeoutError("build/lock: 900 s")])
+def test_a_build_that_fails_is_the_problem(monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(extension, "status", fail)
+    assert problems() == [str(error)]
 
 
 def test_versions_that_are_too_old(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     assert problems() == ["torch 2.9.1+cu128 is too old: pip install --upgrade 'torch>=2.11'"]
-    monkeypatch.undo()
-    monkeypatch.setattr(doctor, "OLDEST_PYTHON", (4, 0))
-    assert problems()[0].startswith("Python 3.")
+
+
+def test_python_that_is_too_old():
+    code = """
+import sys
+sys.modules["tomllib"] = None  # as before Python 3.11
+from nanogpt import doctor
+doctor.OLDEST_PYTHON = (4, 0)
+sys.exit(doctor.main(doctor.DoctorConfig()))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert re.search(
+        r"\ntraining would not work here: Python 3\.[\d.]+\S* is too old: install 3\.11 or later\n$", result.stdout
+    )
+    for file in ("doctor.py", "config.py", "__init__.py"):
+        ast.parse((ROOT / "nanogpt" / file).read_text(), feature_version=(3, 10))
 
 
 def test_another_package_named_kernels(monkeypatch):
@@ -138,20 +163,45 @@ def test_disk(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(0.3e9))
     assert problems() == [f"0.3 GB are free in {Path.cwd()}: free some space, or choose --out_dir on another disk"]
 
+    assert doctor.disk()[0]["current directory"] == f"{Path.cwd()}, writable, 0 GB free"
+
+
+@pytest.mark.parametrize(
+    ("number", "state", "advice"),
+    [
+        (errno.EACCES, "not writable (Permission denied)", "train in another directory, or choose --out_dir"),
+        (errno.ENOSPC, "full (No space left on device)", "free some space, or choose --out_dir on another disk"),
+        (errno.EDQUOT, "full (Disk quota exceeded)", "free some space, or choose --out_dir on another disk"),
+    ],
+    ids=["rights", "space", "quota"],
+)
+def test_a_directory_that_takes_no_file(monkeypatch, number, state, advice):
     def refuse(dir):
-        raise PermissionError(13, "Permission denied")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     report, problem = doctor.disk()
-    assert problem.startswith(f"{Path.cwd()} is not writable (Permission denied): train in another directory")
-    assert "not writable" in report["current directory"]
+    assert problem == f"{Path.cwd()} is {state}: {advice}"
+    assert report["current directory"].startswith(f"{Path.cwd()}, {state}, ")
+
+
+@pytest.mark.parametrize("variable", ["CXX", "CC"])
+@pytest.mark.parametrize("command", ["", "/no/such/compiler"])
+def test_a_compiler_that_does_not_run_is_named(monkeypatch, variable, command):
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    usual = doctor.cpp_compiler()
+    monkeypatch.setenv(variable, command)
+    assert doctor.cpp_compiler() == f"{variable}={command} does not run: the install is pure Python" != usual
+    monkeypatch.setenv(variable, f"env {variable}=1 c++")  # several words
+    assert doctor.cpp_compiler() == usual
 
 
 def test_compilers(monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/c++")
     monkeypatch.setattr(report_cuda, "find_nvcc", lambda: ("/cuda/bin/nvcc", "12.8"))
     assert doctor.tools("12.4") == {
-        "C++": "/no/such/c++ does not run: the install is pure Python",
+        "C++": "CXX=/no/such/c++ does not run: the install is pure Python",
         "nvcc": "/cuda/bin/nvcc, CUDA 12.8; PyTorch's is 12.4: fits",
     }
     assert "another major release; set CUDA_HOME" in doctor.tools("13.0")["nvcc"]
