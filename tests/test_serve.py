@@ -772,7 +772,7 @@ class TestCommand:
         monkeypatch.delattr(sys.modules["nanogpt.serve"], "api")
         monkeypatch.delattr(sys.modules["nanogpt.serve"], "guard")
         monkeypatch.setattr(sys, "meta_path", [Missing(module), *sys.meta_path])
-        assert 'pip install "nanogpt[serve]"' in self.refuses(capsys, [])
+        assert 'pip install -e ".[serve]"' in self.refuses(capsys, [])
 
     @pytest.mark.parametrize("content", [b"", b" \n", b"two words", "schlüssel".encode()])
     def test_key_file_without_a_key(self, tmp_path, content):

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn", "h11"):
             raise
-        fail(ValueError(f'{error.name} is missing; install it with: pip install "nanogpt[serve]"'), "serve")
+        fail(ValueError(f'{error.name} is missing; install it with: pip install -e ".[serve]"'), "serve")
     try:
         secret = read_key(config.api_key_file)
         listener = guard.listen(config)
