@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import common
+import numpy as np
 
 from nanogpt.data import assets, plays
 from nanogpt.data.shards import HEADER_BYTES, open_dataset
@@ -157,7 +158,7 @@ def verdict(out: Path, path: Path, total: int) -> str:
     encoder = GPT2Tokenizer()
     first = next(documents(path))
     want: dict[bool, list[int]] = {False: [], True: []}
-    for text, is_val in zip(first, Draw(0.005)(common.torch.arange(len(first)).numpy())):
+    for text, is_val in zip(first, Draw(0.005)(np.arange(len(first)))):
         want[bool(is_val)] += [*encoder.encode(text), encoder.eot]
     for split, ids in (("train", want[False]), ("val", want[True])):
         if data.shards(split)[0].tokens[: len(ids)].tolist() != ids:

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from nanogpt import export, sample, tokenizer, train
 from nanogpt.config import TrainConfig, load
 from nanogpt.data import __main__ as command
-from nanogpt.data import assets, check, find, hub, prepare, sources, splitting
+from nanogpt.data import assets, check, encode, find, hub, prepare, sources, splitting
 from nanogpt.data.prepare import PrepareConfig
 from nanogpt.data.progress import Meter
 from nanogpt.data.shards import JOURNAL, SIDECAR, open_dataset, open_shard, write_shard
@@ -252,12 +253,18 @@ def corrupt_parquet(path):
     Path(path).write_bytes(raw)
 
 
+def not_utf8(count, bad):
+    """An array of strings, one of which is none, as a writer leaves it that does not look."""
+    return pa.array([b"no\xff" if i == bad else b"yes" for i in range(count)], pa.binary()).view(pa.string())
+
+
 ZST = zstandard.ZstdCompressor().compress(jsonl(documents(300)))
 FAULTS = {
     "a.jsonl": (b'{"text": "x"}\n{"text": 3}\n', "a.jsonl: offset 14: no string under the key 'text'"),
     "b.jsonl": (b'{"text": "x"}\n\n[1]\n', "b.jsonl: offset 15: no string"),
     "c.jsonl": (b'{"text": "x"}\n{"text": \n', "c.jsonl: offset 14: not JSON"),
     "d.jsonl": (b'{"text": "x"}\n{"text": "\xff"}\n', "d.jsonl: offset 14: not JSON"),
+    "surrogate.jsonl": (b'{"text": "x"}\n{"text": "\xed\xa0\x80"}\n', "surrogate.jsonl: offset 14: not JSON: 'utf-8' codec"),
     "e.jsonl": (b"[" * 200_000, "e.jsonl: offset 0: not JSON"),
     "f.txt": (b"abc\n<|endoftext|>\nde\xff", "f.txt: offset 20: not UTF-8"),
     "g.jsonl.gz": (gzip.compress(jsonl(documents(300)))[:-20], "g.jsonl.gz: Compressed file ended"),
@@ -271,6 +278,10 @@ FAULTS = {
         "m.parquet: no column 'text' of strings among n (int64)",
     ),
     "n.parquet": (corrupt_parquet, "n.parquet: "),
+    "p.parquet": (
+        lambda path: write_parquet(path, not_utf8(200, 170), rows=80),
+        "p.parquet: row 170: text is not UTF-8 (invalid start byte at byte 2)",
+    ),
     "o.txt.gz": (gzip.compress(b""), "leaves the split train without"),
 }
 
@@ -287,6 +298,64 @@ def test_faults_of_input_name_the_file_and_the_place(name, capsys, gpt2):
     assert message in error
     assert error.count("\n") == 1
     assert not list(Path("data").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (pa.ArrowNotImplementedError("codec LZO\n/arrow/x.cc:7"), "a.parquet: codec LZO\n"),
+        (OSError(), "a.parquet: OSError\n"),
+        (pa.ArrowMemoryError("malloc of size 7 failed"), "a.parquet: malloc of size 7 failed\n"),
+    ],
+    ids=["not a ValueError", "no text", "memory"],
+)
+def test_what_pyarrow_raises_becomes_one_line(error, message, capsys, monkeypatch, gpt2):
+    def fail(*args, **kwargs):
+        raise error
+
+    write_parquet("a.parquet", ["x"])
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
+    assert run("prepare", "a.parquet", "--tokenizer=gpt2") == 2
+    assert capsys.readouterr().err == f"prepare: {message}"
+    assert Path("data/.a.partial").exists() == isinstance(error, MemoryError)  # its work is not lost
+
+
+def test_a_byte_order_mark_begins_a_jsonl(gpt2):
+    Path("a.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n' * 9)
+    assert gpt2.decode(tokens(made("a.jsonl", "--val_fraction=0.5"), "train")[:2].tolist()) == "a<|endoftext|>"
+
+
+def test_a_long_line_of_jsonl_takes_time_in_proportion(monkeypatch):
+    """4 MB in 65,536 reads are a moment; where each read copies and searches what is there of the line, they are 20 s."""
+    monkeypatch.setattr(sources, "READ", 64)
+    raw = jsonl(["short", "x" * (1 << 22), "last"]) + b'{"text": "no end of line"}'
+    Path("a.jsonl").write_bytes(raw)
+    (file,) = sources.list_files(Path("a.jsonl"))
+    started = time.process_time()
+    parts = [part for block in sources.read(file, 0, "text") for part in block.parts]
+    assert time.process_time() - started < 2
+    assert b"".join(part.content for part in parts) == raw
+    assert [part.start for part in parts] == np.cumsum([0, *(len(part.content) for part in parts[:-1])]).tolist()
+
+
+def blocks_of(count):
+    lines = [sources.Part(0, jsonl(["a b c"] * 99), True, "")]
+    return (sources.Block(sources.File("a.jsonl", 1, ""), lines, i, i) for i in range(count))
+
+
+def test_a_tokenizer_that_a_process_cannot_read_is_named():
+    Path("tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: offset 1: "):
+        list(encode.in_order(blocks_of(2), Path(), "text", 2))
+
+
+def test_a_killed_process_is_told():
+    tokenizer.save(tokenizer.CharTokenizer(" abc"), Path())
+    encoded = encode.in_order(blocks_of(1000), Path(), "text", 2)
+    next(encoded)
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(ChildProcessError, match="ended by itself or was killed"):
+        list(encoded)
 
 
 def test_missing_packages_are_named(capsys, monkeypatch):
@@ -617,6 +686,25 @@ def test_r21_check_names_every_broken_file(capsys):
     R21["truncated"][0]()
     assert run("check", "./d") == 2
     assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == ["d/train_000001.bin", "d/val_000000.bin"]
+
+
+def test_r21_shard_tokens_that_are_no_number(capsys):
+    facts = dataset()
+    Path("d", SIDECAR).write_text(json.dumps(facts | {"shard_tokens": "x"}))
+    assert run("check", "./d") == 2
+    assert capsys.readouterr().err == "data: d/dataset.json: shard_tokens 'x' is not an integer\n"
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_r21_info_names_a_token_that_the_tokenizer_lacks(kind, capsys, request):
+    dataset(vocab=300)
+    encoder = tokenizer.CharTokenizer("ab") if kind == "char" else request.getfixturevalue("trained")
+    tokenizer.save(encoder, Path("d"))
+    patch("train_000000.bin", 1024, np.zeros(300, "<u2").tobytes())
+    patch("train_000000.bin", 1024 + 2 * 5, (400).to_bytes(2, "little"))
+    assert run("info", "./d") == 2
+    error = capsys.readouterr().err
+    assert error == f"data: d/train_000000.bin: offset 1034: token 400, but the vocabulary has {encoder.vocab_size}\n"
 
 
 def test_r21_vocabulary_beyond_the_type(capsys):

@@ -334,6 +334,8 @@ def test_bad_size_without_header(size):
         ('{"splits": {"train": {"shards": [{"file": "../x.bin", "tokens": 1}]}}}', "not the name of a file beside it"),
         ('{"splits": {"train": {"shards": [{"file": "/etc/passwd", "tokens": 1}]}}}', "not the name of a file beside it"),
         ('{"splits": {"train": {"shards": [{"file": "gone.bin", "tokens": 1}]}}}', r"gone\.bin: No such file"),
+        ('{"splits": {"train": {"shards": [{"file": "x.bin", "tokens": Infinity}]}}}', r"splits\.train\.shards"),
+        (f'{{"vocab_size": {"9" * 5000}}}', r"dataset\.json: Exceeds the limit"),
         (
             '{"splits": {"train": {"shards": [{"file": "train_000000.bin", "tokens": 5}]}}}',
             "100 tokens, but dataset.json says 5",

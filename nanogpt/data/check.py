@@ -1,12 +1,13 @@
 """Whether a dataset is what it says: headers and sizes, the sums in ``dataset.json``, every token below the vocabulary."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from nanogpt import tokenizer
-from nanogpt.data.shards import Dataset, Shard, listing, open_dataset, open_listed, read_sidecar
+from nanogpt.data.shards import SIDECAR, Dataset, Shard, listing, open_dataset, open_listed, read_sidecar
 from nanogpt.data.sources import digest
 
 BLOCK = 1 << 24  # tokens read at a time
@@ -42,6 +43,8 @@ def _split(data: Dataset, split: str) -> Iterator[str]:
     entries = data.sidecar.get("splits", {}).get(split, {}).get("shards", [])
     shards = data.splits[split]
     full = data.sidecar.get("shard_tokens", shards[0].count if shards else 0)
+    if type(full) is not int:
+        raise ValueError(f"{data.path / SIDECAR}: shard_tokens {full!r} is not an integer")
     for i, shard in enumerate(shards):
         if shard.dtype != shards[0].dtype:
             yield f"{shard.path}: offset 0: {shard.dtype.name} tokens, but {shards[0].path.name} has {shards[0].dtype.name}"
@@ -65,7 +68,11 @@ def _too_large(shard: Shard, vocab_size: int) -> Iterator[str]:
 
 
 def describe(path: Path) -> str:
-    """A few lines for people: vocabulary, tokens, files, fingerprint, the text's beginning."""
+    """A few lines for people: vocabulary, tokens, files, fingerprint, the text's beginning.
+
+    Raises:
+        ValueError: naming the file, and the offset of a token in the beginning that the tokenizer lacks.
+    """
     data = open_dataset(path)
     encoder = tokenizer.load(data.path)
     made = f"tokenizer {encoder.kind if encoder else 'unknown'}"
@@ -76,5 +83,8 @@ def describe(path: Path) -> str:
             lines.append(f"{split}: {data.count(split):,} tokens ({kind}) in {len(shards)} file(s)")
             lines.append(f"  fingerprint {data.fingerprint(split)}")
             if encoder:
-                lines.append(f"  begins {encoder.decode(shards[0].tokens[:32].tolist())!r}")
+                head = replace(shards[0], count=min(32, shards[0].count))
+                for fault in _too_large(head, encoder.vocab_size):
+                    raise ValueError(fault)
+                lines.append(f"  begins {encoder.decode(head.tokens.tolist())!r}")
     return "\n".join(lines)

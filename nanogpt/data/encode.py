@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,18 +53,18 @@ def in_order(blocks: Iterable[Block], folder: Path, key: str, workers: int) -> I
 
     Raises:
         ValueError: as :func:`sources.texts`.
-        ChildProcessError: where a process was killed.
+        ChildProcessError: where a process ended before its work did, as one that is killed does.
     """
     if workers == 1:
         encoder = tokenizer.load(folder)
         for block in blocks:
             yield block._replace(parts=[]), encode(block, encoder, key)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (folder, key))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start)
     waiting: deque = deque()
     try:
         for block in blocks:
-            waiting.append((block._replace(parts=[]), pool.submit(_work, block)))
+            waiting.append((block._replace(parts=[]), pool.submit(_work, block, folder, key)))
             if len(waiting) > 8 * workers:  # some seconds of work, in which the disk may be slow
                 block, result = waiting.popleft()
                 yield block, result.result()
@@ -71,17 +72,17 @@ def in_order(blocks: Iterable[Block], folder: Path, key: str, workers: int) -> I
             block, result = waiting.popleft()
             yield block, result.result()
     except BrokenProcessPool as error:
-        raise ChildProcessError("a process that encodes was killed (out of memory?); the same command goes on") from error
+        raise ChildProcessError(
+            "a process that encodes ended by itself or was killed (out of memory?); the same command goes on"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start(folder: Path, key: str) -> None:
+def _start() -> None:
     """In a new process: it ends with its parent, however that ends, and leaves the keyboard's signal to it."""
-    global _encoder, _key
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    _encoder, _key = tokenizer.load(folder), key
 
 
 def _follow_parent() -> None:
@@ -89,5 +90,11 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _work(block: Block) -> Encoded:
-    return encode(block, _encoder, _key)
+@cache
+def _tokenizer(folder: Path) -> tokenizer.Tokenizer:
+    """Once a process, and not in :func:`_start`, whose errors break the pool without a reason."""
+    return tokenizer.load(folder)
+
+
+def _work(block: Block, folder: Path, key: str) -> Encoded:
+    return encode(block, _tokenizer(folder), key)

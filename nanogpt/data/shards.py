@@ -154,7 +154,7 @@ def listing(path: Path, sidecar: dict) -> dict[str, list[tuple[str, int | None]]
                 try:
                     entries = sidecar["splits"][split]["shards"]
                     splits[split] = [(str(entry["file"]), int(entry["tokens"])) for entry in entries]
-                except (KeyError, TypeError, ValueError) as error:
+                except (KeyError, TypeError, ValueError, OverflowError) as error:
                     message = f"{path / SIDECAR}: splits.{split}.shards is not a list of files and token counts"
                     raise ValueError(message) from error
     else:
@@ -201,7 +201,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: offset {error.pos}: {error.msg}") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: offset 0: not a JSON object")

@@ -21,7 +21,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, NamedTuple
@@ -134,6 +134,7 @@ def read(file: File, start: int, key: str) -> Iterator[Block]:
 
     Raises:
         ValueError: naming the file, and the offset or the row, for what cannot be read.
+        OSError: for .parquet that memory has no room for.
     """
     parts: list[Part] = []
     held = 0
@@ -173,7 +174,7 @@ def tail(files: list[File], fraction: float) -> list[File]:
     for file, count in zip(files, counts):
         cut.append(_place(file, left) if left < count else sys.maxsize)
         left = max(0, left - count)
-    return [File(**(vars(file) | {"cut": at})) for file, at in zip(files, cut)]
+    return [replace(file, cut=at) for file, at in zip(files, cut)]
 
 
 def is_one_document(file: File) -> bool:
@@ -242,19 +243,21 @@ def _cut(part: Part, cut: int | None) -> list[Part]:
 
 
 def _jsonl(file: File, start: int, key: str) -> Iterator[tuple[list[Part], int, int]]:
-    buffer, at = b"", 0
+    held: list[bytes] = []  # of a line whose end is not read yet: searched once, joined once, however long it is
+    at = 0
     for data, at in _chunks(file, start):
-        buffer += data
-        if end := buffer.rfind(b"\n") + 1:
-            yield [Part(start, buffer[:end], True, "")], start + end, at
-            start, buffer = start + end, buffer[end:]
-    if buffer:
-        yield [Part(start, buffer, True, "")], start + len(buffer), at
+        if end := data.rfind(b"\n") + 1:
+            lines = b"".join([*held, data[:end]])
+            yield [Part(start, lines, True, "")], start + len(lines), at
+            start, held = start + len(lines), []
+        held.append(data[end:])
+    if last := b"".join(held):
+        yield [Part(start, last, True, "")], start + len(last), at
 
 
 def _member(line: bytes, key: str, place: str) -> str:
     try:
-        content = json.loads(line)
+        content = json.loads(line.decode("utf-8-sig"))  # of bytes it takes a surrogate's three for a character
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get(key), str):
@@ -279,13 +282,22 @@ def _rows(file: File, start: int, key: str) -> Iterator[tuple[list[Part], int, i
             row, group = row + table.metadata.row_group(group).num_rows, group + 1
         for batch in table.iter_batches(64, row_groups=list(range(group, table.num_row_groups)), columns=[key]):
             batch_start, row = row, row + len(batch)
-            parts = [Part(i, text, True, "") for i, text in enumerate(batch.column(0).to_pylist(), batch_start) if i >= start]
-            for part in parts:
-                if part.content is None:
-                    raise ValueError(f"row {part.start}: {key} is null")
+            values = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+            parts = [Part(i, _value(v, key, i), True, "") for i, v in enumerate(values, batch_start) if i >= start]
             yield parts, row, file.size * row // total
-    except (ValueError, OSError) as error:  # pyarrow's errors are among these
-        raise ValueError(f"{file.name}: {str(error).splitlines()[0]}") from error
+    except (ValueError, OSError, pyarrow.ArrowException) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        kind = OSError if isinstance(error, MemoryError) else ValueError  # no fault of the input: work that is done stays
+        raise kind(f"{file.name}: {reason}") from error
+
+
+def _value(value: bytes | None, key: str, row: int) -> str:
+    if value is None:
+        raise ValueError(f"row {row}: {key} is null")
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"row {row}: {key} is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _chunks(file: File, start: int) -> Iterator[tuple[bytes, int]]:
