@@ -166,11 +166,12 @@ def verdict(out: Path, path: Path, total: int) -> str:
     return "ok"
 
 
-def killed(path: Path, out: Path, whole: Path, total: int) -> str:
-    """Kills a preparation at a third and at two thirds, finishes it, and compares it with the one that was not killed."""
-    for share in (1 / 3, 2 / 3):
+def killed(path: Path, out: Path, whole: Path, total: int, shares: tuple[float, ...]) -> str:
+    """Kills a preparation at these shares of its tokens, finishes it, and compares it with the one that was not killed."""
+    begun = out.with_name(f".{out.name}.partial")
+    for share in shares:
         process = start(path, out)
-        while process.poll() is None and written(out) < share * total:
+        while process.poll() is None and not (begun.exists() and written(out) >= share * total):
             time.sleep(0.02)
         process.kill()
         process.wait()
@@ -226,7 +227,8 @@ def main(argv: list[str] | None = None) -> common.Bench:
         curve = runners["ours"].memory
         print("# MiB of the preparation's processes: " + " ".join(f"{m:.0f}" for m in curve[:: max(1, len(curve) // 20)]))
         started = time.perf_counter()
-        status = killed(path, Path(folder) / "killed", out, count.value)
+        shares = (0.0,) if args.tiny else (1 / 3, 2 / 3)  # of one block there is all or nothing
+        status = killed(path, Path(folder) / "killed", out, count.value, shares)
         bench.row(case, "ours", "killed", status, common.quantiles([1e3 * (time.perf_counter() - started)]))
     bench.finish()
     return bench

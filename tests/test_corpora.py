@@ -917,15 +917,17 @@ def test_openwebtext_from_the_hub(gpt2, world, tmp_path, capsys, monkeypatch):
     assert want["val"] == [*gpt2.encode_array(texts[np.random.default_rng(5).permutation(60)[0]]).tolist(), 50256]
     sidecar = json.loads((path / SIDECAR).read_text())
     assert (sidecar["revision"], sidecar["split"]) == ("c" * 40, "nanogpt")
-    assert not list((tmp_path / "cache/hub").iterdir())
+    assert not (tmp_path / "cache/hub").exists()
+    assert all(re.fullmatch(r"(train|val)_000000\.bin|dataset\.json|tokenizer\.json", file.name) for file in path.iterdir())
     downloads = [request for request, _ in world["requests"] if request.startswith("/cdn/")]
     assert downloads == [f"/cdn/plain_text/train-0000{i}-of-00003.parquet" for i in range(3)]
+    world["requests"].clear()
     assert run("prepare", "openwebtext") == 0
     assert "already prepared" in capsys.readouterr().out
-    assert len([request for request, _ in world["requests"] if request.startswith("/cdn/")]) == 3
+    assert not world["requests"]
     world["files"].popitem()
     del world["files"]["plain_text/train-00002-of-00003.parquet"]
-    assert run("prepare", "openwebtext") == 0
+    assert run("prepare", "openwebtext", "--out=shorter") == 0
     assert "40 documents instead of 60: the split is not nanoGPT's" in capsys.readouterr().out
 
 
@@ -941,6 +943,11 @@ def test_fineweb_by_tokens_and_revision(gpt2, world, tmp_path):
     assert sum(open_dataset(path).count(split) for split in ("train", "val")) == want
     assert ("/api/datasets/o/r/revision/v1.4.0", None) in world["requests"]
     assert len(list((tmp_path / "cache/hub").glob("*.parquet"))) == 2
+    world["requests"].clear()
+    again = made("fineweb", f"--tokens={half + 10}", "--out=again", "--val_fraction=0.2")
+    assert shards_of(again) == shards_of(path)
+    assert not [request for request, _ in world["requests"] if request.startswith("/cdn/")]
+    assert len(list((tmp_path / "cache/hub").iterdir())) == 2  # one that keeps none leaves what others kept
     more = made("fineweb", "--out=more", "--val_fraction=0.4", "--tokens=11B")
     assert sum(open_dataset(more).count(split) for split in ("train", "val")) == sum(counts[:3])
 
@@ -979,6 +986,48 @@ def test_a_killed_preparation_downloads_no_finished_file_again(gpt2, world, monk
     assert {split: tokens(Path("data/openwebtext"), split).tolist() for split in want} == want
 
 
+def test_preparations_side_by_side_have_each_their_downloads(gpt2, world, monkeypatch):
+    """One starts and ends while the other reads its first file and has the next one there."""
+    texts = documents(90, 6)
+    for i in range(3):
+        world["files"][f"plain_text/{i}.parquet"] = parquet(texts[30 * i : 30 * i + 30])
+    put, options = prepare._put, ("--val_fraction=0.1", "--workers=1")
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(prepare, "_put", put)
+        while not Path(
+            ".one.partial/downloads", hashlib.sha256(world["files"]["plain_text/1.parquet"]).hexdigest() + ".parquet"
+        ).exists():
+            time.sleep(0.01)
+        made("openwebtext", "--out=two", *options)
+        return put(*arguments)
+
+    monkeypatch.setattr(prepare, "_put", interrupted)
+    one = contents(made("openwebtext", "--out=one", *options))
+    assert one == contents("two")
+    assert tokens(Path("one"), "train").tolist() == expected(texts, gpt2, splitting.Draw(0.1))["train"]
+    assert not list(Path().glob(".*.partial"))
+
+
+def test_downloads_of_a_preparation_that_ended_late_are_no_part_of_the_result(gpt2, world, monkeypatch):
+    """It had written all tokens, and not yet what tells of them."""
+    world["files"]["plain_text/a.parquet"] = parquet(documents(60))
+    finish = prepare.SplitWriter.finish
+
+    def broken(writer):
+        raise OSError("broken")
+
+    Path("a.jsonl").write_bytes(jsonl(documents(60)))
+    for name in ("openwebtext", "a.jsonl"):  # the same text, or another in its place
+        monkeypatch.setattr(prepare.SplitWriter, "finish", broken)
+        with pytest.raises(OSError, match="broken"):
+            made("openwebtext", "--val_fraction=0.1", f"--out=of-{name}")
+        assert list(Path(f".of-{name}.partial/downloads").iterdir())
+        monkeypatch.setattr(prepare.SplitWriter, "finish", finish)
+        names = {file.name for file in made(name, "--val_fraction=0.1", f"--out=of-{name}").iterdir()}
+        assert names == {"train_000000.bin", "val_000000.bin", "tokenizer.json", SIDECAR}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -997,7 +1046,8 @@ def test_r24_downloads_are_verified(change, message, world, capsys, tmp_path):
     assert message in error
     assert error.count("\n") == 1
     assert not Path("data/openwebtext").exists()
-    assert not list(tmp_path.glob("cache/hub/*"))
+    assert not list(Path("data").rglob("*.part")) + list(Path("data").rglob("*.parquet"))
+    assert not (tmp_path / "cache/hub").exists()
 
 
 def test_r24_a_name_of_the_hub_s_is_no_path_of_ours(gpt2, world, tmp_path):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from nanogpt import tokenizer
@@ -21,6 +22,7 @@ class Corpus:
 
     Args:
         name: of the dataset, if no other place is given.
+        here: its files, unless they are downloads.
         origin: where the files are from, in words.
         split: the kind, in words.
         val_fraction: the share of validation.
@@ -31,7 +33,7 @@ class Corpus:
     """
 
     name: str
-    files: list[File]
+    here: list[File]
     origin: str
     split: str
     val_fraction: float
@@ -39,6 +41,11 @@ class Corpus:
     draw: splitting.Draw | None
     revision: str = ""
     downloads: hub.Downloads | None = None
+
+    @cached_property
+    def files(self) -> list[File]:
+        """Those that are here, else those that the hub lists when they are first asked for."""
+        return self.downloads.files() if self.downloads else self.here
 
     def fetch(self, file: File) -> File:
         return self.downloads.fetch(file) if self.downloads else file
@@ -139,14 +146,13 @@ def _of_hub(name: str, split: str, val_fraction: float, token_limit: int, revisi
     known = hub.CORPORA[name]
     folder = known.folder(token_limit)
     revision = hub.commit(known.repo, revision or known.revision)
-    files = hub.list_files(known.repo, revision, folder)
     fraction = val_fraction or (0.0005 if known.documents else 0.005)
     draw = splitting.Draw(fraction)
     if known.documents and split == "auto" and not val_fraction:
         split, draw = "nanogpt", splitting.NanoGPTDraw(known.documents, fraction)
     origin = f"https://huggingface.co/datasets/{known.repo}"
-    downloads = hub.Downloads(known.repo, revision, keep)
-    return Corpus(name, files, origin, split.replace("auto", "documents"), fraction, "gpt2", draw, revision, downloads)
+    downloads = hub.Downloads(known.repo, revision, folder, keep)
+    return Corpus(name, [], origin, split.replace("auto", "documents"), fraction, "gpt2", draw, revision, downloads)
 
 
 def make_tokenizer(kind: str, corpus: Corpus, key: str) -> tokenizer.Tokenizer:

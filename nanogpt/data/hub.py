@@ -1,12 +1,16 @@
 """Corpora on the Hugging Face hub: their parquet files at a pinned commit, each verified by the sha256 that the hub declares.
 
 No dataset script runs, and nothing of the hub's libraries is needed: a listing and plain downloads, file by file, each
-continued where a broken connection or a killed process left it, and deleted once its tokens are written.
+continued where a broken connection or a killed process left it, and deleted once its tokens are written. They lie in the
+hidden directory of the preparation, which one process holds, so preparations side by side do not touch each other's; the cache
+has whole files only, which none deletes.
 """
 
 import json
 import os
 import re
+import shutil
+import tempfile
 import threading
 import time
 import urllib.error
@@ -19,6 +23,7 @@ from urllib.parse import quote
 from nanogpt.data.assets import TIMEOUT, cache_dir
 from nanogpt.data.sources import READ, File, digest
 
+DOWNLOADS = "downloads"  # in the directory of a preparation
 ATTEMPTS = 6  # of a download that makes no progress; waits 1, 2, 4, ... seconds between them
 
 
@@ -96,12 +101,21 @@ def list_files(repo: str, revision: str, folder: str) -> list[File]:
 
 
 class Downloads:
-    """Files of one commit, in the cache under their sums, so that no name of the hub's becomes a path of ours."""
+    """The files in a folder of one commit, here under their sums, so that no name of the hub's becomes a path of ours.
 
-    def __init__(self, repo: str, revision: str, keep: bool):
-        self.repo, self.revision, self.keep = repo, revision, keep
-        self.folder = cache_dir() / "hub"
+    Args:
+        repo, revision, folder: of the hub; the revision is a commit.
+        keep: whether each file is also copied into the cache.
+    """
+
+    def __init__(self, repo: str, revision: str, folder: str, keep: bool):
+        self.repo, self.revision, self.folder, self.keep = repo, revision, folder, keep
+        self.place: Path | None = None  # the directory that the preparation gives; nothing is fetched before
         self.stop = threading.Event()  # set: a download that runs ends soon
+
+    def files(self) -> list[File]:
+        """As :func:`list_files`."""
+        return list_files(self.repo, self.revision, self.folder)
 
     def fetch(self, file: File) -> File:
         """The file, verified, here.
@@ -109,17 +123,22 @@ class Downloads:
         Raises:
             OSError: where it cannot be had, or its content is not what was declared.
         """
-        path = self.folder / f"{file.sha256}.parquet"
+        kept, path = (folder / f"{file.sha256}.parquet" for folder in (cache_dir() / "hub", self.place))
+        if kept.is_file() and digest(kept) == file.sha256:
+            return replace(file, path=kept)
         if not (path.is_file() and digest(path) == file.sha256):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.place.mkdir(exist_ok=True)
             url = f"{endpoint()}/datasets/{self.repo}/resolve/{self.revision}/{quote(file.name)}"
             _download(url, path, file, self.stop.is_set)
+        if self.keep:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+                os.replace(shutil.copyfile(path, Path(folder, kept.name)), kept)
         return replace(file, path=path)
 
     def release(self, file: File) -> None:
         """The file is not needed any more."""
-        if not self.keep:
-            (self.folder / f"{file.sha256}.parquet").unlink(missing_ok=True)
+        (self.place / f"{file.sha256}.parquet").unlink(missing_ok=True)
 
 
 def _download(url: str, path: Path, file: File, stopped: Callable[[], bool]) -> None:

@@ -19,7 +19,7 @@ import filelock
 import numpy as np
 
 from nanogpt import config, tokenizer
-from nanogpt.data import RECIPES, ROOT, check, corpus, encode, sources, splitting
+from nanogpt.data import RECIPES, ROOT, check, corpus, encode, hub, sources, splitting
 from nanogpt.data.corpus import Corpus
 from nanogpt.data.progress import Meter
 from nanogpt.data.shards import JOURNAL, SIDECAR, SPLITS, read_json
@@ -105,7 +105,6 @@ def prepare(name: str, settings: PrepareConfig) -> Path:
         "name": found.name,
         "source": found.origin,
         "revision": found.revision,
-        "source_sha256": sources.digest_of(found.files),
         "tokenizer": kind if named else f"sha256:{sources.digest(Path(kind))}",
         "text_key": settings.text_key,
         "split": found.split,
@@ -113,9 +112,12 @@ def prepare(name: str, settings: PrepareConfig) -> Path:
         "token_limit": settings.token_limit,
         "shard_tokens": settings.shard_tokens,
     }
+    if not found.downloads:  # else the commit says as much, and an equal dataset is known without the hub
+        facts["source_sha256"] = sources.digest_of(found.files)
     if target.exists() and _ours(target) and _same(target, facts):
         print(f"{target}: already prepared from this text")
         return target
+    facts["source_sha256"] = sources.digest_of(found.files)
     with _workplace(target) as partial:
         if (partial / JOURNAL).exists() or not _same(partial, facts):
             _write(partial, facts, found, kind, settings)
@@ -136,8 +138,10 @@ def _write(folder: Path, facts: dict, found: Corpus, kind: str, settings: Prepar
             print("starting anew: what was begun here is of another text or other options")
         state = {"facts": facts, "file": 0, "after": 0, "documents": 0, "whole": False, "splits": {}}
         write_json(folder / JOURNAL, state)
+    if found.downloads:
+        found.downloads.place = folder / hub.DOWNLOADS
     for path in folder.iterdir():
-        if path.name not in (LOCK, JOURNAL) and (fresh or path.name.startswith(".")):  # half-written
+        if path.name not in (LOCK, JOURNAL, hub.DOWNLOADS) and (fresh or path.name.startswith(".")):  # half-written
             path.unlink()
     if not (folder / tokenizer.FILE).exists():
         tokenizer.save(corpus.make_tokenizer(kind, found, settings.text_key), folder)
@@ -156,6 +160,8 @@ def _write(folder: Path, facts: dict, found: Corpus, kind: str, settings: Prepar
             what = "a character" if found.split == "tail" else f"one of the {state['documents']:,} documents"
             raise ValueError(f"val_fraction={found.val_fraction}: leaves the split {split} without {what}")
         print(f"{split}: {entry['tokens']:,} tokens from {entry['bytes']:,} bytes of text")
+    if (folder / hub.DOWNLOADS).exists():
+        shutil.rmtree(folder / hub.DOWNLOADS)
     write_json(folder / SIDECAR, facts)
     (folder / JOURNAL).unlink()
     sync(folder)
@@ -188,7 +194,6 @@ def _encode(folder: Path, state: dict, writers: dict[str, SplitWriter], found: C
     blocks.close()
     state["whole"] = True
     save()
-    found.release(len(found.files))
     meter.done(_tokens(writers))
     if settings.token_limit and not full:
         print(f"{found.name} ends before {settings.token_limit:,} tokens")
