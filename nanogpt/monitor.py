@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -109,17 +110,18 @@ class MetricsFile:
         path: the file; continued if it exists.
         start: the update the run (re)starts with; what an earlier run logged beyond it is dropped, since it happens again.
         evaluated: whether the evaluation before that update was done already.
+        resumed: whether the run continues an earlier one; else nothing of the file is kept.
 
     Attributes:
         past: all records that were there, those dropped included.
     """
 
-    def __init__(self, path: Path, start: int, evaluated: bool):
+    def __init__(self, path: Path, start: int, evaluated: bool, resumed: bool):
         self.past = list(_records(path)) if path.exists() else []
         kept = [line for line, record in self.past if _precedes(record, start, evaluated)]
         self.past = [record for _, record in self.past]
         partial = path.with_name(f".{path.name}")
-        partial.write_text("".join(line + "\n" for line in kept if start or evaluated))
+        partial.write_text("".join(line + "\n" for line in kept if resumed))
         os.replace(partial, path)
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self.pending, self.refused = b"", False
@@ -249,6 +251,7 @@ class Monitor:
         throughput: counts the steps.
         start: the first update of this run.
         evaluated: whether the evaluation before it was done by an earlier run.
+        resumed: whether the run continues an earlier one.
         last: the number of updates of the whole run; None: max_iters.
         started: when this process was, by time.time(); None: now.
     """
@@ -260,6 +263,7 @@ class Monitor:
         throughput: Throughput,
         start: int,
         evaluated: bool,
+        resumed: bool,
         last: int | None = None,
         started: float | None = None,
     ):
@@ -268,8 +272,8 @@ class Monitor:
         out_dir = Path(config.out_dir)
         self.trackers = trackers(config, out_dir)
         # An evaluation alone leaves the record of the training as it is
-        self.metrics = None if config.eval_only else MetricsFile(out_dir / "metrics.jsonl", start, evaluated)
-        continued = start or evaluated or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self.metrics = None if config.eval_only else MetricsFile(out_dir / "metrics.jsonl", start, evaluated, resumed)
+        continued = resumed or begun_before(out_dir)
         self.ledger = Ledger(started or time.time(), self.metrics.past if self.metrics and continued else [], start)
         self.console = Console(start, self.last)
         self.telemetry = Telemetry(device, warn=self.health)
@@ -353,10 +357,35 @@ def write_status(out_dir: Path, it: int, state: str, reason: str = "") -> None:
     """OUT/status.json: running, finished, preempted or failed, and why. Exit codes do not tell: torchrun replaces them."""
     partial = out_dir / ".status.json"
     try:
-        partial.write_text(json.dumps({"state": state, "iter": it, "reason": reason, "time": time.time()}) + "\n")
+        status = {"state": state, "iter": it, "reason": reason, "time": time.time(), "launch": launch()}
+        partial.write_text(json.dumps(status) + "\n")
         os.replace(partial, out_dir / "status.json")
     except OSError as error:  # a full disk ends no run
         log.warning("%s: not written: %s", out_dir / "status.json", error.strerror)
+
+
+def launch() -> str:
+    """What tells the torchrun that started this process, again and again if need be, from any other; empty without one.
+
+    Its id alone does not, which is "none" by default, nor its pid, which is 1 in many a container.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    agent = os.getppid()
+    try:
+        began = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]  # in ticks since the machine's start
+    except OSError:  # no Linux
+        began = ""
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {agent} {began}"
+
+
+def begun_before(out_dir: Path) -> bool:
+    """Whether the run in a directory is this launch's own, begun by an attempt before this one."""
+    try:
+        status = json.loads((out_dir / "status.json").read_bytes())
+        return launch() != "" and status["launch"] == launch()
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
+        return False
 
 
 def duration(seconds: float) -> str:

@@ -196,26 +196,25 @@ def take_out_dir(config: TrainConfig, world: distributed.World) -> Lock | None:
 def starting_checkpoint(config: TrainConfig, world: distributed.World) -> Path | None:
     """The verified checkpoint to continue from; None to start from scratch, in a directory that holds no other run."""
     out_dir = Path(config.out_dir)
-    existing = checkpoint.steps(out_dir)
-    # After a crash torchrun starts the same command again, which must then continue
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and bool(existing)
-    if config.init_from == "resume" or config.resume or restarted:
-        found = None
-        if world.main:  # alone, so that the files are read once; the others learn what came of it
-            try:
+    found = None
+    if world.main:  # alone, so that the files are read once; the others learn what came of it
+        existing = checkpoint.steps(out_dir)
+        # After a crash torchrun starts the same command again, which must then continue, but only what it had itself begun
+        restarted = bool(existing) and monitor.begun_before(out_dir)
+        try:
+            if config.init_from == "resume" or config.resume or restarted:
                 found = checkpoint.find(out_dir, 0 if restarted else config.resume)
-            except ValueError as error:
-                found = error
-        found = distributed.gather(found, world)[0]
-        if isinstance(found, ValueError):
-            raise found
-        return found
-    if existing and not config.eval_only and not config.overwrite:
-        raise ValueError(
-            f"out_dir={out_dir}: holds step-{existing[-1]} of another run: continue it with --init_from=resume, "
-            "delete it with --overwrite=True, or choose another --out_dir"
-        )
-    return None
+            elif existing and not config.eval_only and not config.overwrite:
+                raise ValueError(
+                    f"out_dir={out_dir}: holds step-{existing[-1]} of another run: continue it with --init_from=resume, "
+                    "delete it with --overwrite=True, or choose another --out_dir"
+                )
+        except ValueError as error:
+            found = error
+    found = distributed.gather(found, world)[0]
+    if isinstance(found, ValueError):
+        raise found
+    return found
 
 
 def restore(run: Run, path: Path, state: dict) -> None:
@@ -514,7 +513,8 @@ def main(config: TrainConfig, started: float | None = None) -> int:
                 peak = monitor.peak_flops(torch.cuda.get_device_name(world.device), model.dtype)
             flops = model.flops_per_token(causal=False), model.flops_per_token(causal=True)
             throughput = monitor.Throughput(run.tokens_per_update, *flops, peak and peak * world.size)
-            log = monitor.Monitor(config, world.device, throughput, run.it, run.evaluated == run.it, run.last, started)
+            evaluated = run.evaluated == run.it
+            log = monitor.Monitor(config, world.device, throughput, run.it, evaluated, run.resumed, run.last, started)
             log.print(banner(run, peak))
             if log.telemetry.missing:
                 log.print(f"GPU sensors: {log.telemetry.missing}")

@@ -153,7 +153,7 @@ def records(path):
 
 
 def test_r06_metrics_wait_in_memory_while_the_disk_is_full(tmp_path, caplog):
-    file = MetricsFile(tmp_path / "metrics.jsonl", 0, False)
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0, False, False)
     whole = file.file
     with open("/dev/full", "ab", buffering=0) as file.file:
         for it in range(2):
@@ -181,27 +181,27 @@ def test_r06_a_full_disk_behind_stdout_or_the_status_ends_no_run(tmp_path, caplo
 
 def test_metrics_file_drops_what_will_happen_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, 0, False)
+    file = MetricsFile(path, 0, False, False)
     for kind, it in (("start", 0), ("eval", 0), ("train", 0), ("train", 1), ("eval", 2), ("train", 2), ("train", 3)):
         file.write({"kind": kind, "iter": it, "loss": float("nan")})
     file.close()
     with open(path, "a") as cut:
         cut.write('{"kind": "train", "it')
     for evaluated in (True, False):
-        MetricsFile(path, 2, evaluated).close()
+        MetricsFile(path, 2, evaluated, True).close()
         kept = [(r["kind"], r["iter"]) for r in records(path)]
         assert kept == [("start", 0), ("eval", 0), ("train", 0), ("train", 1)] + [("eval", 2)] * evaluated
     assert records(path)[1]["loss"] == "nan"
-    MetricsFile(path, 0, True).close()  # stopped after its first evaluation, and resumed
+    MetricsFile(path, 0, True, True).close()  # stopped after its first evaluation, and resumed
     assert [(r["kind"], r["iter"]) for r in records(path)] == [("start", 0), ("eval", 0)]
-    MetricsFile(path, 0, False).close()  # from scratch
+    MetricsFile(path, 0, False, False).close()  # from scratch
     assert path.read_text() == ""
 
 
 def new_monitor(tmp_path, peak=1e6, **keys):
     config = TrainConfig(out_dir=str(tmp_path), max_iters=100, log_interval=10, **keys)
     now = iter(range(1000))
-    return Monitor(config, torch.device("cpu"), Throughput(64, 1000, 900, peak, lambda: next(now)), 0, False)
+    return Monitor(config, torch.device("cpu"), Throughput(64, 1000, 900, peak, lambda: next(now)), 0, False, False)
 
 
 def test_monitor_prints_nanogpts_lines_and_records_them(tmp_path, capsys):

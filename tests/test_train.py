@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -240,6 +241,7 @@ def test_another_run_is_not_written_over(data, tmp_path, capsys, monkeypatch):
 
 
 def test_restarted_by_torchrun_continues(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # its default; the agent is this process's parent
     run(data, tmp_path, max_iters=6)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert run(data, tmp_path, overwrite=True) == 0
@@ -247,6 +249,51 @@ def test_restarted_by_torchrun_continues(data, tmp_path, monkeypatch):
     assert [it for it, _ in losses(tmp_path)] == list(range(12))
     assert run(data, tmp_path, resume=6, max_iters=13) == 0  # from the newest: it went back to 6 when it was first started
     assert [r["iter"] for r in records(tmp_path, "start")] == [0, 6, 12]
+
+
+@pytest.mark.parametrize("key", ["TORCHELASTIC_RUN_ID", "agent", "none"])
+def test_restarted_by_torchrun_takes_no_other_run_for_its_own(data, tmp_path, monkeypatch, capsys, key):
+    if key != "none":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    run(data, tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first" if key == "agent" else "second")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    if key == "agent":
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+    (tmp_path / "step-10" / checkpoint.STATE).unlink()
+    capsys.readouterr()
+    assert "holds step-12 of another run" in mistake(capsys, data, tmp_path)
+    assert "step-10/state.json: missing" in mistake(capsys, data, tmp_path, resume=10)
+    assert checkpoint.steps(tmp_path) == [10, 12]
+    assert run(data, tmp_path, overwrite=True, max_iters=3) == 0  # the attempt before this one may have died ahead of it
+    assert checkpoint.steps(tmp_path) == [3]
+    assert records(tmp_path, "end")[-1]["spent"]["down"] == 0
+
+
+def test_torchrun_s_restarts_do_not_turn_a_refusal_into_a_resumption(data, tmp_path):
+    run(data, tmp_path)
+    command = [*TORCHRUN, "--max-restarts=1", "-m", "nanogpt.train", *arguments(data, tmp_path, max_iters=14)]
+    code, _, err = start(command)
+    assert code == 1
+    assert err.count("holds step-12 of another run") >= 2  # by both attempts
+    assert checkpoint.steps(tmp_path) == [10, 12]
+
+
+def test_preempted_in_its_first_evaluation_it_keeps_its_account(data, tmp_path, monkeypatch):
+    batches = train.eval_batches
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from batches(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "eval_batches", signalled)
+        assert run(data, tmp_path) == 0
+    assert checkpoint.steps(tmp_path) == [0]
+    time.sleep(0.3)
+    assert run(data, tmp_path, init_from="resume") == 0
+    assert [r["iter"] for r in records(tmp_path, "start")] == [0, 0]
+    assert records(tmp_path, "end")[-1]["spent"]["down"] > 0.25
 
 
 def test_a_finished_run_is_left_as_it_is(data, tmp_path):
