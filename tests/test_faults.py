@@ -93,7 +93,7 @@ def test_r14_a_killed_rank_is_restarted_and_the_losses_are_the_same(data, tmp_pa
     command = [*TORCHRUN, "--max-restarts=2", "-m", "nanogpt.train", *arguments(data, tmp_path, **keys)]
     code, out, err = start(command, NANOGPT_FAULT="kill@8:rank1")
     assert code == 0, err
-    assert "exitcode: -9" in err
+    assert "failed (exitcode: " in err  # -9, or 1 of the other rank, where its lost connection is noticed first
     assert "resuming from" in out
     assert losses(tmp_path) == undisturbed  # bitwise
 
