@@ -144,10 +144,15 @@ def tidy(out_dir: Path) -> None:
     """Removes what an interrupted save or removal left behind; what cannot be removed is left with a warning."""
     for pattern in (".partial-step-*", ".replaced-step-*", ".discarded-step-*"):
         for path in out_dir.glob(pattern):
-            try:
-                shutil.rmtree(path)
-            except OSError as error:
-                log.warning("%s: not removed: %s", path, error.strerror)
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Removes a directory, or warns that it cannot."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        log.warning("%s: not removed: %s", path, error.strerror)
 
 
 def by_loss(states: dict[int, dict]) -> list[int]:
@@ -245,12 +250,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return _read_json(path / STATE)
 
 
+COUNTS = dict.fromkeys(("iter", "tokens", "evaluated", "stale"), int)
+LOSSES = dict.fromkeys(("val_loss", "best_val_loss"), float | None)
+RUN_STATE = COUNTS | LOSSES | {"final": bool, "rng": list} | dict.fromkeys(("config", "loader", "dataset", "guard"), dict)
+
+
 def run_state(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint that a run can continue from; ValueError naming what it lacks."""
     state = read_state(path)
-    for key, kind in {"iter": int, "evaluated": int, "final": bool, "config": dict, "loader": dict, "rng": list}.items():
-        if type(state.get(key)) is not kind:
-            raise ValueError(f"{path / STATE}: {key} is {state.get(key)!r:.200}, not of type {kind.__name__}")
+    for key, kind in RUN_STATE.items():
+        if key not in state or not isinstance(state[key], kind) or (type(state[key]) is bool) != (kind is bool):
+            found = f"{state[key]!r:.200}" if key in state else "missing"
+            raise ValueError(f"{path / STATE}: {key} is {found}, not of type {getattr(kind, '__name__', kind)}")
     return state
 
 

@@ -110,7 +110,11 @@ class Guard:
         return {"seen": self.seen.item(), "window": self.window.tolist()} if self.spikes else {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """A window that was not kept starts anew."""
+        """A window that was not kept starts anew.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: for a state that :meth:`state` did not make.
+        """
         if self.spikes and state:
             self.seen.fill_(state["seen"])
             self.window.copy_(torch.tensor(state["window"]))

@@ -254,6 +254,7 @@ class Monitor:
         resumed: whether the run continues an earlier one.
         last: the number of updates of the whole run; None: max_iters.
         started: when this process was, by time.time(); None: now.
+        tokens: that were trained on before the first update of this run.
     """
 
     def __init__(
@@ -266,8 +267,10 @@ class Monitor:
         resumed: bool,
         last: int | None = None,
         started: float | None = None,
+        tokens: int = 0,
     ):
         self.config, self.device, self.throughput, self.it = config, device, throughput, start
+        self.start, self.tokens = start, tokens
         self.last = config.max_iters if last is None else last
         out_dir = Path(config.out_dir)
         self.trackers = trackers(config, out_dir)
@@ -308,7 +311,7 @@ class Monitor:
             gpu["tokens_per_joule"] = rates["tokens_per_s"] / world / gpu["gpu_power_w"]
         eta = (self.last - it - 1) * rates["ms"] / 1e3
         values = {"loss": loss, "lr": lr, "grad_norm": norm, **rates, **gpu, "eta_s": eta}
-        tokens = (it + 1) * self.throughput.tokens
+        tokens = self.tokens + (it + 1 - self.start) * self.throughput.tokens
         self._record("train", it, values | {"tokens": tokens} | ({"skipped": why} if why else {}))
         mfu = f"{rates['mfu']:.2%}, causal {rates['mfu_causal']:.2%}" if "mfu" in rates else "n/a"
         line = f"iter {it}: loss {loss:.4f}, time {rates['ms']:.2f}ms, mfu {mfu}, lr {lr:.2e}, norm {norm:.3f}"

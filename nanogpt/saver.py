@@ -184,10 +184,7 @@ def _forget(out_dir: Path, reached: int) -> None:
     for path in out_dir.glob("abandoned-step-*"):
         number = path.name.removeprefix("abandoned-step-")
         if number.isdecimal() and (not reached or int(number) <= reached):
-            try:
-                shutil.rmtree(path)
-            except OSError as error:
-                log.warning("%s: not removed: %s", path, error.strerror)
+            checkpoint.discard(path)
 
 
 def prune(out_dir: Path, keep: int) -> None:

@@ -62,6 +62,7 @@ class Run:
     lock: Lock | None  # of out_dir, in the main process where it writes there
     task: hellaswag.Task | None  # HellaSwag, where evaluations score it
     it: int = 0  # updates done
+    tokens: int = 0  # trained on in them
     evaluated: int = -1  # the `it` of the last evaluation
     val_loss: float = math.nan  # of the last evaluation
     finite: bool = True  # whether all losses of the last evaluation are
@@ -82,8 +83,10 @@ class Run:
     @property
     def last(self) -> int:
         """The number of updates that the run consists of."""
-        enough = -(-self.config.max_tokens // self.tokens_per_update)
-        return min(self.config.max_iters, enough) if enough else self.config.max_iters
+        if not self.config.max_tokens:
+            return self.config.max_iters
+        enough = -(-max(0, self.config.max_tokens - self.tokens) // self.tokens_per_update)
+        return min(self.config.max_iters, self.it + enough)
 
     def dataset(self) -> dict[str, Any]:
         """What the training data is known by, besides the loader's digest of its content."""
@@ -228,16 +231,19 @@ def restore(run: Run, path: Path, state: dict) -> None:
     tensors = checkpoint.load_tensors(path / checkpoint.OPTIM)
     checkpoint.restore_optim(run.model, run.optimizer, run.loss_scale, tensors, path / checkpoint.OPTIM)
     restore_data(run, path, state)
-    run.it, run.evaluated = state["iter"], state["evaluated"]
+    run.it, run.tokens, run.evaluated = state["iter"], state["tokens"], state["evaluated"]
     run.val_loss = math.nan if state["val_loss"] is None else state["val_loss"]
     run.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
-    run.stale = state.get("stale", 0)
-    run.guard.load_state(state.get("guard", {}))
+    run.stale = state["stale"]
     run.resumed, run.final = True, run.it if state["final"] else -1
-    if len(state["rng"]) == run.world.size:
-        distributed.restore_rng(state["rng"][run.world.rank], run.world.device)
-    else:  # dropout draws anew; the data order goes on
-        torch.manual_seed(run.config.seed + run.world.rank + run.it)
+    try:
+        run.guard.load_state(state["guard"])
+        if len(state["rng"]) == run.world.size:
+            distributed.restore_rng(state["rng"][run.world.rank], run.world.device)
+        else:  # dropout draws anew; the data order goes on
+            torch.manual_seed(run.config.seed + run.world.rank + run.it)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:  # what PyTorch raises for such states too
+        raise ValueError(f"{path / checkpoint.STATE}: guard or rng: {error!r:.200}") from error
     if run.world.main:
         now = asdict(run.config)
         ignored = {"init_from", "resume", "overwrite", "out_dir", *SHAPE}
@@ -253,10 +259,12 @@ def restore_data(run: Run, path: Path, state: dict) -> None:
         ValueError: naming every field in which the data, or the order, differs.
     """
     now = run.dataset()
-    differ = checkpoint.differences(state.get("dataset", now), now)
-    differ += checkpoint.differences(state["loader"], run.loader.state(), ignore=("position",))
+    differ = checkpoint.differences(state["dataset"], now) + run.loader.differences(state["loader"])
     if not differ:
-        run.loader.load_state(state["loader"])
+        try:
+            run.loader.load_state(state["loader"])
+        except ValueError as error:
+            raise ValueError(f"{path / checkpoint.STATE}: {error}") from error
     elif not run.config.allow_data_change:
         raise ValueError(
             f"{path}: the data order cannot be continued: {'; '.join(differ)}; --allow_data_change=True begins the new one"
@@ -276,6 +284,7 @@ def restore_ckpt(run: Run, weights: pretrained.Weights) -> None:
     optim = {name: pretrained.resized(name, t, run.model.config) for name, t in weights.optim.items()}
     checkpoint.restore_optim(run.model, run.optimizer, None, optim, Path(weights.source))
     run.it, run.best_val_loss, run.resumed = weights.iter_num, weights.best_val_loss, True
+    run.tokens = run.it * run.tokens_per_update  # as it does not say
     if run.world.main:
         print(f"continuing {weights.source} of nanoGPT after {run.it} updates", flush=True)
 
@@ -291,7 +300,7 @@ def save(run: Run, status: str) -> bool:
         return True
     state = {
         "iter": run.it,
-        "tokens": run.it * run.tokens_per_update,
+        "tokens": run.tokens,
         "status": status,
         "final": status == "finished",
         "evaluated": run.evaluated,
@@ -312,9 +321,11 @@ def save(run: Run, status: str) -> bool:
     return run.saver.save(run.it, checkpoint.model_tensors(run.model), optim, state, wait=status != "running")
 
 
-def unsound(run: Run) -> str:
+def unsound(run: Run, status: str = "running") -> str:
     """Why the state of the run is not one to go back to; empty if it is. The same on all ranks."""
-    if run.guard.unsound:
+    # A skipped update left the weights as they were. An evaluation of them shows whether they are the reason; a run that is
+    # asked to stop has no time for one, and the checkpoint before stays
+    if run.guard.unsound and status != "preempted" and not (run.evaluated == run.it and run.finite):
         return "it was not finite"
     if run.evaluated == run.it and not run.finite:
         return "the evaluation is not finite"
@@ -390,7 +401,7 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest, 
         watchdog.at("saving")
         report(readback.flush())
         with monitor.spending(log, "checkpoint"):
-            why = unsound(run)
+            why = unsound(run, status)
             if why and world.main:
                 checkpoint.log.warning("checkpoint not written after update %d: %s", run.it, why)
             saved = not why and save(run, status)
@@ -449,6 +460,7 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest, 
         shared = distributed.mean(torch.cat([mean_loss[None], votes]))  # what every rank decides by
         norm = optimizer.step(config.grad_clip, loss_scale, partial(run.guard.admits, shared[0]))
         run.it += 1
+        run.tokens += run.tokens_per_update
         run.saver.poll()
 
         arrived = readback.put(run.it - 1, torch.cat([shared, torch.stack([norm, run.guard.verdict])]))
@@ -514,7 +526,8 @@ def main(config: TrainConfig, started: float | None = None) -> int:
             flops = model.flops_per_token(causal=False), model.flops_per_token(causal=True)
             throughput = monitor.Throughput(run.tokens_per_update, *flops, peak and peak * world.size)
             evaluated = run.evaluated == run.it
-            log = monitor.Monitor(config, world.device, throughput, run.it, evaluated, run.resumed, run.last, started)
+            begin = run.it, evaluated, run.resumed, run.last, started, run.tokens
+            log = monitor.Monitor(config, world.device, throughput, *begin)
             log.print(banner(run, peak))
             if log.telemetry.missing:
                 log.print(f"GPU sensors: {log.telemetry.missing}")
@@ -562,12 +575,14 @@ def main(config: TrainConfig, started: float | None = None) -> int:
         watchdog.close()
         if health:
             health.close()
-        run.saver.close()
-        status(state, run.reason)
-        if log:
-            because = f" ({run.reason.splitlines()[0]})" if run.reason else ""
-            log.print(f"{state} after {run.it} updates; {run.out_dir}{because}")
-            log.close(run.it, state, run.reason)
+        try:
+            run.saver.close()
+        finally:  # told even where it raises, which it does only of a run that has failed
+            status(state, run.reason)
+            if log:
+                because = f" ({run.reason.splitlines()[0]})" if run.reason else ""
+                log.print(f"{state} after {run.it} updates; {run.out_dir}{because}")
+                log.close(run.it, state, run.reason)
     run.loader.close()
     if run.lock:
         run.lock.release()

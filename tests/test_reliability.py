@@ -221,6 +221,28 @@ def test_r04_a_manifest_of_any_form_is_one_line(tmp_path):
     checkpoint.verify(path)
 
 
+def test_r04_a_state_of_any_form_is_one_line(data, tmp_path, capsys):
+    run(data, tmp_path, spike_guard=True)
+    path = tmp_path / "step-12"
+    whole = checkpoint.read_state(path)
+    rng = whole["rng"][0]
+    changes = [{key: None} for key in checkpoint.RUN_STATE if "val_loss" not in key]  # None: without it
+    changes += [{"val_loss": None}, {"best_val_loss": None}, {"val_loss": "low"}, {"iter": True}, {"final": 1}, {"tokens": 1.5}]
+    changes += [
+        {"rng": [value]} for value in ({}, 7, rng | {"torch": "AAAA"}, rng | {"torch": "?"}, rng | {"python": [3, [-1], None]})
+    ]
+    changes += [{"rng": [rng | {"numpy": {}}]}, {"guard": {"seen": 3}}, {"guard": {"seen": 3, "window": [[1.0]] * 3}}]
+    changes += [{"loader": whole["loader"] | {"position": -1}}]
+    for change in changes:
+        state = {key: value for key, value in (whole | change).items() if value is not None}
+        (path / STATE).write_text(json.dumps(state))
+        content = (path / STATE).read_bytes()
+        entry = {"size": len(content), "sha256": checkpoint.hashlib.sha256(content).hexdigest()}
+        rewrite_manifest(path, lambda manifest, entry=entry: manifest["files"].update({STATE: entry}))
+        error = mistake(capsys, run, data, tmp_path, init_from="resume", spike_guard=True)
+        assert error.startswith(f"train: {path / STATE}: "), (change, error)
+
+
 def test_r05_the_last_that_verifies_is_never_deleted(tmp_path, caplog):
     for step in (1, 2, 3, 4):
         write(tmp_path, step)

@@ -296,6 +296,56 @@ def test_preempted_in_its_first_evaluation_it_keeps_its_account(data, tmp_path, 
     assert records(tmp_path, "end")[-1]["spent"]["down"] > 0.25
 
 
+def test_a_skipped_update_costs_no_last_checkpoint(data, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("NANOGPT_FAULT", "nan@11")  # the last one: its evaluation shows that the weights are sound
+    assert run(data, tmp_path / "finished", allow_fault_injection=True) == 0
+    assert status(tmp_path / "finished")["state"] == "finished"
+    assert checkpoint.read_state(checkpoint.find(tmp_path / "finished"))["final"]
+
+    put = train.distributed.Readback.put
+
+    def signalled(self, it, values):
+        if it == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put(self, it, values)
+
+    monkeypatch.setenv("NANOGPT_FAULT", "nan@8")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.distributed.Readback, "put", signalled)
+        assert run(data, tmp_path / "preempted", allow_fault_injection=True) == 0
+    assert status(tmp_path / "preempted")["state"] == "preempted"
+    assert checkpoint.steps(tmp_path / "preempted") == [5, 9]
+    assert "skipped" in records(tmp_path / "preempted", "train")[-1]
+    assert "checkpoint not written" not in caplog.text
+    # On the way it is not saved, as there is a later chance
+    assert run(data, tmp_path / "running", allow_fault_injection=True, checkpoint_minutes=1e-9, keep_checkpoints=20) == 0
+    assert checkpoint.steps(tmp_path / "running") == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12]
+
+
+def test_tokens_are_counted_where_the_batch_changes(data, tmp_path):
+    run(data, tmp_path, max_iters=4)
+    keys = {"batch_size": 8, "max_tokens": 4 * 128 + 2 * 256 + 1}  # in the third update of 256 they are reached
+    assert run(data, tmp_path, init_from="resume", **keys) == 0
+    assert status(tmp_path)["iter"] == 7
+    assert checkpoint.read_state(tmp_path / "step-7")["tokens"] == 4 * 128 + 3 * 256
+    assert [r["tokens"] for r in records(tmp_path, "train")] == [128, 256, 384, 512, 768, 1024, 1280]
+    assert run(data, tmp_path, init_from="resume", **keys | {"batch_size": 2}) == 0  # nothing left to do
+    assert status(tmp_path)["iter"] == 7
+
+
+def test_the_end_is_told_where_the_last_save_raises(data, tmp_path, monkeypatch):
+    def failing(*args):
+        time.sleep(0.5)  # until the run has ended
+        raise RuntimeError("a mistake in the program")
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    monkeypatch.setenv("NANOGPT_FAULT", "nan@5")  # while the save of the evaluation before it is under way
+    with pytest.raises(RuntimeError, match="a mistake in the program"):
+        run(data, tmp_path, allow_fault_injection=True, max_bad_steps=1)
+    assert status(tmp_path)["state"] == records(tmp_path, "end")[-1]["state"] == "failed"
+    assert "1 updates in a row were skipped" in status(tmp_path)["reason"]
+
+
 def test_a_finished_run_is_left_as_it_is(data, tmp_path):
     run(data, tmp_path)
     before = (tmp_path / "step-12" / checkpoint.MANIFEST).stat()

@@ -143,18 +143,18 @@ class Loader:
         Raises:
             ValueError: naming each field in which the sequence would differ.
         """
-        differ = [
-            f"{key} was {state.get(key)!r} and is {value!r}"
-            for key, value in self._identity().items()
-            if state.get(key) != value
-        ]
-        if differ:
+        if differ := self.differences(state):
             raise ValueError("the data order cannot be continued: " + "; ".join(differ))
         position = state.get("position")
         if type(position) is not int or position < 0:
             raise ValueError(f"the data position {position!r} is no count of samples")
         self.position = position
         self._restart()
+
+    def differences(self, state: dict) -> list[str]:
+        """``KEY was A and is B`` for each field in which the sequence of another loader's state differs."""
+        now = self._identity()
+        return [f"{key} was {state.get(key)!r} and is {value!r}" for key, value in now.items() if state.get(key) != value]
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
