@@ -39,7 +39,15 @@ class MemoryConfig:
     freeze: int = key(-1, "as in training")
     recompute: bool = key(False, "as in training")
     device: str = key("auto", "to measure on")
-    dtype: str = key("auto", "of activations and GEMMs; calculated tables take bfloat16 for auto")
+    dtype: str = key(
+        "auto", "of GEMMs and activations; tables take bfloat16 for auto", "", ("auto", "float32", "bfloat16", "float16")
+    )
+
+    def check(self) -> None:
+        blocks = max(hub.n_layer for name, hub in HUB.items() if self.size in ("", name))
+        for name, least, most in (("batch_size", 1, 2**31), ("block_size", 1, 1024), ("freeze", -1, blocks)):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)}: must be {least} to {most}")
 
 
 def shape(name: str, block_size: int) -> GPTConfig:

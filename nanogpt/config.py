@@ -213,7 +213,7 @@ def check_data(config: TrainConfig) -> None:
 def check_init_from(value: str, words: tuple[str, ...]) -> None:
     """ValueError unless it is one of the words, a size of GPT-2, or a path that exists."""
     known = (*words, *GPT2_SIZES)
-    if value not in known and not (value and Path(value).exists()):
+    if value not in known and not os.path.exists(value):  # Path.exists raises for a name too long for the system
         raise ValueError(f"init_from={value}: neither {', '.join(known)} nor a path that exists{_nearest(value, known)}")
 
 
@@ -325,7 +325,7 @@ def _locate(name: str, presets: Path | None) -> Path:
     names = sorted(path.stem for path in presets.glob("*.py")) if presets else []
     if name in names:
         return presets / f"{name}.py"
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     if name.endswith(".py"):
         hint = f"; the preset {Path(name).stem} goes by that bare name" if Path(name).stem in names else ""
@@ -365,6 +365,8 @@ def read_file(cls: type, path: Path) -> dict[str, Any]:
                 elif not target.id.startswith("_"):
                     raise ValueError(f"unknown key {target.id}{_nearest(target.id, known)}")
                 names[target.id] = value
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     except SyntaxError as error:
         raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
     except (RecursionError, MemoryError):  # the parser's own limits

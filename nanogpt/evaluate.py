@@ -94,7 +94,7 @@ class Windows:
             s = int(np.searchsorted(self.ends, window, side="right"))
             first = (window - int(self.ends[s - 1] if s else 0)) * self.stride
             end = min(first + self.stride, int(self.counts[s]))
-            begin = max(0, end - self.block_size)
+            begin = max(0, first + self.stride - self.block_size)  # where fewer than stride are left as well
             tokens = self.shards[s].tokens[begin : end + 1]
             idx[row, : end - begin] = tokens[:-1]
             targets[row, first - begin : end - begin] = tokens[first - begin + 1 :]
@@ -145,9 +145,10 @@ def text_figures(
     Raises:
         ValueError: for data that is missing, damaged, too short or of other tokens than the model's.
     """
-    pretrained.check_vocabulary(weights, str(data_dir), open_dataset(data_dir).vocab_size)
+    dataset = open_dataset(data_dir)
+    pretrained.check_vocabulary(weights, str(data_dir), dataset.vocab_size)
     block_size = config.block_size or model.config.block_size
-    windows = Windows(open_dataset(data_dir).shards(config.split), block_size, config.stride or block_size, config.tokens)
+    windows = Windows(dataset.shards(config.split), block_size, config.stride or block_size, config.tokens)
     if not windows.tokens:
         raise ValueError(f"data={data_dir}: the split {config.split} has no token to predict")
     encoder, theirs = tokenizer.load(data_dir), _tokenizer_or_none(weights)
@@ -173,7 +174,7 @@ def text_figures(
 def _tokenizer_or_none(weights: pretrained.Weights) -> Tokenizer | None:
     try:
         return pretrained.find_tokenizer(weights)
-    except ValueError:  # a model of bare numbers, which the vocabulary's size alone tells from others
+    except pretrained.NoTokenizerError:  # a model of bare numbers, which the vocabulary's size alone tells from others
         return None
 
 
@@ -215,12 +216,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if max(config.block_size, config.stride) > limit:
         name = "block_size" if config.block_size > limit else "stride"
         raise ValueError(f"{name}={getattr(config, name)}: {weights.source} has {limit} positions")
-    trained_on = weights.state.get("data_dir") or weights.state.get("dataset", "")
     data_dir = None
     if config.data or not config.hellaswag:
-        if not (config.data or trained_on):
+        dataset = config.data or pretrained.trained_on(weights)
+        if not dataset:
             raise ValueError(f"data=: {weights.source} names no dataset of its own; --data=DIR, or --hellaswag=FILE")
-        data_dir = data.find(config.data or trained_on)
+        data_dir = data.find(dataset)
     task = None
     if config.hellaswag:
         encoder = pretrained.find_tokenizer(weights)
@@ -264,7 +265,8 @@ def main(config: EvaluateConfig) -> int:
     try:
         figures = run(config)
     except (ValueError, OSError) as error:
-        fail(error, "evaluate")
+        with distributed.abandoning(2):
+            fail(error, "evaluate")
     if os.environ.get("RANK", "0") == "0":
         plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
         print(json.dumps(plain, allow_nan=False) if config.json else report(figures), flush=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from nanogpt import checkpoint, pretrained
 from nanogpt.config import fail, key, parse
 from nanogpt.data import assets
+from nanogpt.data.writer import sync
 from nanogpt.model import GPT
 from nanogpt.pretrained import CONFIG, CONV1D, WEIGHTS, Weights
 from nanogpt.tokenizer import EOT_TEXT, CharTokenizer, GPT2Tokenizer, Tokenizer
@@ -79,11 +80,12 @@ def export(source: str | Path, to: str | Path, overwrite: bool = False) -> tuple
         for name, content in _texts(weights, encoder).items():
             (partial / name).write_bytes(content)
         for path in (*partial.iterdir(), partial):
-            _force(path)
+            sync(path)
+        _check_free(to, overwrite)  # again: what came meanwhile is not replaced either
         if to.exists():
             to.rename(replaced)
         partial.rename(to)
-        _force(to.parent)
+        sync(to.parent)
     except SafetensorError as error:
         raise OSError(f"{to}: {error}") from error
     finally:
@@ -105,14 +107,6 @@ def _check_free(to: Path, overwrite: bool) -> None:
     for name in names:
         if name not in FILES:
             raise ValueError(f"to={to}: holds {name}, which no export wrote; it is left as it is")
-
-
-def _force(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def stored(weights: Weights) -> dict[str, Tensor]:

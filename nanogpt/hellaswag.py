@@ -90,7 +90,7 @@ def _item(source: str, line: str) -> Item:
         content = json.loads(line)
         texts = [content[key] for key in ("activity_label", "ctx_a", "ctx_b")] + content["endings"]
         label = int(content["label"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{source}: no item of HellaSwag ({type(error).__name__}: {error})") from error
     if not all(isinstance(text, str) for text in texts) or len(texts) != 7 or not 0 <= label < 4:
         raise ValueError(f"{source}: no item of HellaSwag: expected four endings and a label of 0 to 3")

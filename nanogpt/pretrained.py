@@ -21,7 +21,7 @@ from nanogpt import checkpoint, data, tokenizer
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import assets
 from nanogpt.model import GPT
-from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
+from nanogpt.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 
 WEIGHTS, INDEX, CONFIG, CKPT = "model.safetensors", "model.safetensors.index.json", "config.json", "ckpt.pt"
 VOCAB, PADDED_VOCAB = 50257, 50304  # GPT-2's, and the next multiple of 64, a width that GEMMs like
@@ -77,7 +77,7 @@ class Weights:
 
     Args:
         source: where they come from, for messages.
-        config: the shape, its vocabulary as stored.
+        config: the shape, its vocabulary as stored, with real_vocab_size where some of it is padding.
         tensors: parameters by nanoGPT's names, on the CPU, of any float dtype; lm_head.weight is wte.
         directory: where the tokenizer may lie; None for GPT-2 itself.
         state: the run's state where there is one: state.json of ours, `dataset` of nanoGPT's.
@@ -97,7 +97,7 @@ class Weights:
     @property
     def vocab_size(self) -> int:
         """Number of tokens, padding left out."""
-        return pad_vocabulary(self.config).real_vocab_size or self.config.vocab_size
+        return self.config.real_vocab_size or self.config.vocab_size
 
     def model(self, device: torch.device | str, dtype: torch.dtype, block_size: int = 0, dropout: float = 0.0) -> GPT:
         """The network with these parameters, its vocabulary padded.
@@ -120,10 +120,15 @@ class Weights:
 
 
 def pad_vocabulary(config: GPTConfig) -> GPTConfig:
-    """GPT-2's vocabulary, padded as nanoGPT does or not, gets 50304 rows of which 50257 are real; others stay as they are."""
-    if config.vocab_size in (VOCAB, PADDED_VOCAB):
+    """A vocabulary of GPT-2's size gets 50304 rows of which 50257 are real; others stay as they are."""
+    if config.vocab_size == VOCAB:
         return replace(config, vocab_size=PADDED_VOCAB, real_vocab_size=VOCAB)
     return config
+
+
+def padded(config: GPTConfig) -> GPTConfig:
+    """Weights of 50304 rows that have no vocabulary of that size: nanoGPT's padding of GPT-2's, by its default."""
+    return replace(config, real_vocab_size=VOCAB) if config.vocab_size == PADDED_VOCAB else config
 
 
 def resized(name: str, t: Tensor, config: GPTConfig) -> Tensor:
@@ -220,9 +225,9 @@ def _from_hub(name: str) -> Weights:
     try:  # at a pinned revision, a cached file is found without a look at the network; no login is sent
         path = Path(hf_hub_download(hub.repository, WEIGHTS, revision=hub.revision, token=False))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ValueError(
-            f"init_from={name}: {hub.repository}@{hub.revision[:8]} is neither in the cache nor to be had: {reason}"
+            f"init_from={name}: {hub.repository}@{hub.revision[:8]} is neither in the cache nor to be had: "
+            f"{_first_line(error.__cause__ or error)}"
         ) from error
     with open(path, "rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
@@ -232,9 +237,15 @@ def _from_hub(name: str) -> Weights:
     return Weights(name, config, _named(checkpoint.load_tensors(path), config, path, conv1d=True))
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def _from_directory(path: Path, file: str = "") -> Weights:
     """A Hugging Face directory: config.json and one file of weights, or an index of several."""
     config = _read_config(path / CONFIG)
+    if config.vocab_size == PADDED_VOCAB and _may_be_gpt2(path):
+        config = padded(config)
     tensors: dict[str, Tensor] = {}
     for name in [file] if file else _weight_files(path):
         tensors |= checkpoint.load_tensors(path / name)
@@ -276,7 +287,7 @@ def _read_config(path: Path) -> GPTConfig:
         if type(sizes[key]) is not int:
             raise ValueError(f"{path}: {key}={sizes[key]!r}: expected an integer")
     gelu = content.get("activation_function", "gelu_new")
-    if gelu not in GELU:
+    if not isinstance(gelu, str) or gelu not in GELU:
         raise ValueError(f"{path}: activation_function={gelu!r}: expected one of {', '.join(GELU)}")
     for key, default, wanted in (
         ("model_type", None, ("gpt2",)),
@@ -340,7 +351,7 @@ def _from_ckpt(path: Path) -> Weights:
     except UnpicklingError:
         raise ValueError(f"{path}: refused: it holds more than tensors and plain values") from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: cannot be read: {str(error).strip().splitlines()[0] if str(error) else error!r}") from error
+        raise ValueError(f"{path}: cannot be read: {_first_line(error)}") from error
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ValueError(f"{path}: no model and model_args in it: not a checkpoint of nanoGPT's")
     tensors, arguments = content["model"], content["model_args"]
@@ -351,7 +362,7 @@ def _from_ckpt(path: Path) -> Weights:
         if any(type(size) is not int for size in sizes.values()):
             raise TypeError(sizes)
         # the first releases had biases always, and no word for it
-        config = GPTConfig(**sizes, bias=bool(arguments.get("bias", True)))
+        config = padded(GPTConfig(**sizes, bias=bool(arguments.get("bias", True))))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: model_args: cannot be understood: {error}") from error
     except ValueError as error:
@@ -390,57 +401,102 @@ def _adamw(optimizer: Any, parameters: Mapping[str, Tensor], source: Path) -> di
     return named | {"step": torch.tensor(steps.pop())}
 
 
-# Tokenizers
+# Data and tokenizers
+
+
+class NoTokenizerError(ValueError):
+    """Weights that came with no tokenizer, and name no data that has one."""
+
+
+def trained_on(weights: Weights) -> str:
+    """The dataset that the weights were trained on, for :func:`nanogpt.data.find`; empty where they name none.
+
+    Raises:
+        ValueError: where a ckpt.pt, which anyone may have written, gives more than a plain name.
+    """
+    name, config = weights.state.get("dataset"), weights.state.get("config")
+    if isinstance(name, str):  # a run of ours has a dict of what is in the data there
+        if name in (".", "..") or Path(name).name != name:
+            raise ValueError(f"{weights.source}: dataset {name!r} is not a plain name")
+        return name
+    found = weights.state.get("data_dir") or (config.get("dataset") if isinstance(config, dict) else "")
+    return found if isinstance(found, str) else ""
 
 
 def find_tokenizer(weights: Weights) -> Tokenizer:
     """The tokenizer saved with the weights, else that of the data they were trained on, else GPT-2's if the vocabulary is.
 
     Raises:
-        ValueError: where there is none.
+        NoTokenizerError: where there is none.
+        ValueError: where there is one that cannot be understood.
     """
     if weights.directory is None:
         return GPT2Tokenizer()
     directory = weights.directory
     if (directory / CONFIG).exists():
-        found = _from_tokenizer_json(directory)
+        found = _from_hugging_face(directory)
     else:
         run = directory.parent if (directory / checkpoint.MANIFEST).exists() else directory
         found = tokenizer.load(directory) or tokenizer.load(run)
     if found:
         return found
-    state = weights.state
-    dataset = state.get("data_dir") or state.get("config", {}).get("dataset", "") or state.get("dataset", "")
-    if "dataset" in state and Path(dataset).name != dataset:
-        raise ValueError(f"{weights.source}: dataset {dataset!r} is not a plain name")
-    reason = f"dataset={dataset} has no {tokenizer.FILE}"
-    try:
-        if dataset and (found := tokenizer.load(data.find(dataset))):
-            return found
-    except ValueError as error:
-        reason = str(error)
+    dataset, reason = trained_on(weights), "no dataset of its own is named"
+    if dataset:
+        reason = f"dataset={dataset} has no {tokenizer.FILE}"
+        try:
+            data_dir = data.find(dataset)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            if found := tokenizer.load(data_dir):
+                return found
     if weights.vocab_size == VOCAB:
         return GPT2Tokenizer()
-    raise ValueError(f"{weights.source}: no {tokenizer.FILE} beside it, and {reason}")
+    raise NoTokenizerError(f"{weights.source}: no {tokenizer.FILE} beside it, and {reason}")
 
 
-def _from_tokenizer_json(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory: GPT-2's, one of single characters, or another; None without files of one."""
+def _from_hugging_face(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face directory: GPT-2's, one of single characters, or another; None without files of one.
+
+    Raises:
+        ValueError: for files of one that cannot be understood.
+    """
     path = directory / tokenizer.FILE
     if not path.exists():
-        path = directory / "vocab.json"
-        return GPT2Tokenizer() if path.exists() and _is_gpt2(_read_json(path)) else None
-    content = _read_json(path)
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict) and vocabulary:
-        if model.get("merges") == [] and sorted(vocabulary.values()) == list(range(len(vocabulary))):
-            pieces = sorted(vocabulary, key=vocabulary.get)
-            if all(len(piece) == 1 for piece in pieces):
-                return CharTokenizer("".join(pieces))
-        if _is_gpt2(vocabulary):
-            return GPT2Tokenizer()
-    return tokenizer.load(directory)
+        return _from_old_files(directory)
+    model = _read_json(path).get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+        return tokenizer.load(directory)
+    vocabulary = model["vocab"]
+    single = model.get("merges") == [] and all(len(piece) == 1 and type(i) is int for piece, i in vocabulary.items())
+    if single and vocabulary and sorted(vocabulary.values()) == list(range(len(vocabulary))):
+        return CharTokenizer("".join(sorted(vocabulary, key=vocabulary.get)))
+    found = tokenizer.load(directory)
+    if isinstance(found, BPETokenizer) and found.special == GPT2Tokenizer.special and _is_gpt2(vocabulary):
+        return GPT2Tokenizer()
+    return found
+
+
+def _from_old_files(directory: Path) -> Tokenizer | None:
+    """vocab.json and added_tokens.json, with which a tokenizer was saved before there was tokenizer.json."""
+    path = directory / "vocab.json"
+    if not path.exists():
+        return None
+    if not _is_gpt2(_read_json(path)):
+        raise ValueError(f"{path}: not GPT-2's; another vocabulary is read from {tokenizer.FILE} alone, which is not there")
+    path = directory / "added_tokens.json"
+    if path.exists() and _read_json(path).keys() - {tokenizer.EOT_TEXT}:
+        raise ValueError(f"{path}: adds tokens to GPT-2's; these are read from {tokenizer.FILE} alone, which is not there")
+    return GPT2Tokenizer()
+
+
+def _may_be_gpt2(directory: Path) -> bool:
+    """Whether a Hugging Face directory has no tokenizer but GPT-2's."""
+    try:
+        found = _from_hugging_face(directory)
+    except ValueError:  # one that is not understood is not GPT-2's either
+        return False
+    return found is None or isinstance(found, GPT2Tokenizer)
 
 
 def _is_gpt2(vocabulary: dict) -> bool:

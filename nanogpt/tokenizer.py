@@ -3,6 +3,7 @@
 A tokenizer is saved as ``tokenizer.json`` beside the data it made, and copied from there beside the checkpoints trained on it.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -139,14 +140,15 @@ class BPETokenizer(_BytePairs):
     """One's own, in the form of Hugging Face's ``tokenizer.json``, which their tools read.
 
     tiktoken merges a pair if its bytes are a token's, Hugging Face if the pair itself was learned. The two agree wherever the
-    merges stand in the order of the tokens they make and each token is reached from its own bytes, as training ensures: merging
-    is local, so the only pair that comes to lie over a token's bytes is the one that it was learned from.
+    merges stand in the order of the tokens they make, every token is a byte, made by a merge or special, and each is reached
+    from its own bytes: merging is local, so the only pair that comes to lie over a token's bytes is the one that it was learned
+    from. Training ensures this; what others made is checked for it.
 
     Args:
         content: what ``tokenizer.json`` holds.
 
     Raises:
-        ValueError: for another kind of tokenizer than a byte-level BPE over GPT-2's pattern.
+        ValueError: for another kind of tokenizer than a byte-level BPE over GPT-2's pattern, or one whose tokens would differ.
     """
 
     kind = "bpe"
@@ -160,12 +162,23 @@ class BPETokenizer(_BytePairs):
             self._vocab = {_to_bytes(piece): i for piece, i in model["vocab"].items() if piece not in self.special}
             plain = model["type"] == "BPE" and not content.get("normalizer") and decoder["type"] == "ByteLevel"
             like_gpt2 = cutter["type"] == "ByteLevel" and cutter.get("use_regex", True) and not cutter["add_prefix_space"]
-            whole = all(bytes([b]) in self._vocab for b in range(256))
+            whole = {*BYTE_OF, *(left + right for left, right in pairs)} == model["vocab"].keys() - self.special.keys()
+            options = ("ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+            differing = [f"model.{name}" for name in options if model.get(name)]
+            flags = ("single_word", "lstrip", "rstrip")
+            differing += [
+                f"added_tokens.{flag}" for token in content.get("added_tokens") or () for flag in flags if token.get(flag)
+            ]
+            stray = _not_reached(pairs)
             ids = sorted([*self._vocab.values(), *self.special.values()])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a byte-level BPE of Hugging Face's form ({type(error).__name__}: {error})") from error
         if not (plain and like_gpt2 and whole and made == sorted(made)):
             raise ValueError("not a byte-level BPE over GPT-2's pattern with its merges in the order of its tokens")
+        if differing:
+            raise ValueError(f"{differing[0]} is set: its tokens would be others than those here")
+        if stray:
+            raise ValueError(f"the merges do not make {stray!r} from its own bytes")
         if ids != list(range(len(ids))):
             raise ValueError("its tokens are not numbered from 0 without a gap")
         self.content = content
@@ -197,6 +210,21 @@ class BPETokenizer(_BytePairs):
 
     def to_json(self) -> dict:
         return self.content
+
+
+def _not_reached(pairs: list[tuple[str, str]]) -> str:
+    """The first piece of which the merges up to its own do not make the pair that its own joins; empty: there is none."""
+    ranks = {tuple(pair): rank for rank, pair in enumerate(pairs)}
+    for last, (left, right) in enumerate(pairs):
+        parts = list(left + right)
+        while len(parts) > 2:
+            rank, i = min((ranks.get(pair, last), i) for i, pair in enumerate(itertools.pairwise(parts)))
+            if rank >= last:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if parts != [left, right]:
+            return left + right
+    return ""
 
 
 Tokenizer = CharTokenizer | GPT2Tokenizer | BPETokenizer

@@ -5,9 +5,12 @@ The interpreter must be chosen before Triton is imported, so it has a process of
 """
 
 import os
+import signal
 
 import pytest
 import torch
+
+from nanogpt.distributed import StopRequest
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRET
@@ -25,3 +28,12 @@ def pytest_collection_modifyitems(items):
 def _defaults():
     torch.manual_seed(1337)
     torch.set_float32_matmul_precision("highest")  # a trainer in an earlier test of this process may have changed it
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """A run in this process takes the signals that ask it to stop; the next test has them as they were."""
+    before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

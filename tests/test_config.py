@@ -286,3 +286,24 @@ def test_answer_comes_before_torch_is_imported(argv):
     if done.returncode:
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith("train: ")
+
+
+def test_names_longer_than_the_systems_and_files_that_cannot_be_read_are_one_line(tmp_path, monkeypatch, capsys):
+    name, hidden = 300 * "x", tmp_path / "hidden.py"
+    hidden.write_text("")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    for argument, message in (
+        (f"--init_from={name}", f"init_from={name}: neither "),
+        (name, f"{name}: neither a preset nor a file"),
+        (f"{name}.py", f"{name}.py: no such config file"),
+        (str(hidden), f"{hidden}: Permission denied\n"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parse(TrainConfig, [argument], prog="train")
+        err = capsys.readouterr().err
+        assert (stopped.value.code, err.count("\n")) == (2, 1)
+        assert err.startswith(f"train: {message}")

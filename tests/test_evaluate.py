@@ -4,7 +4,11 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import string
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict
 
 import huggingface_hub
 import numpy as np
@@ -16,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt import checkpoint, evaluate, pretrained, tokenizer, train
-from nanogpt.config import TrainConfig, load
+from nanogpt.config import GPTConfig, TrainConfig, load
 from nanogpt.data.shards import open_dataset, write_shard
 from nanogpt.distributed import World
+from nanogpt.model import GPT
 from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
-from tests.test_model import all_logits
+from tests.test_model import all_logits, spread
 from tests.test_train import TORCHRUN, arguments, losses, records, start
 
 CPU = World(0, 0, 1, torch.device("cpu"))
@@ -108,22 +113,35 @@ def test_each_token_is_predicted_once_from_what_precedes_it(tmp_path_factory, co
         context = idx[: at[-1] + 1]
         assert context.tolist() == list(range(targets[at[-1]] - len(context), targets[at[-1]]))  # the tokens right before
         before = at[0] + 1  # tokens before the first that is predicted
-        assert before >= min(block_size - stride + 1, targets[at[0]] % 100)
+        assert before == min(block_size - stride + 1, targets[at[0]] % 100)  # of any window, the last one too
     assert predicted == expected
 
 
+@pytest.fixture(scope="module")
+def sharp(data, tmp_path_factory):
+    """A run's directory, its model one of large random weights: what precedes a token matters much."""
+    out = tmp_path_factory.mktemp("sharp")
+    model = spread(GPT(GPTConfig(16, len(LETTERS), 2, 2, 16, bias=True), torch.float32), factor=20).cpu()
+    state = {"iter": 3, "val_loss": 1.0, "model": asdict(model.config), "config": {}, "data_dir": str(data)}
+    checkpoint.save(out, 3, checkpoint.model_tensors(model), {}, state)
+    return out
+
+
 def plain_loss(out, data, block_size, stride, limit):
-    """The mean over tokens one by one, from logits in a forward pass of each."""
+    """The mean over tokens one by one: each from all that precede it, up to the context that its window begins with."""
     model, _ = checkpoint.load_model(out, "cpu", torch.float32)
     tokens = torch.from_numpy(np.fromfile(data / "val.bin", dtype=np.uint16).astype(np.int64))
-    total = 0.0
+    sequences = defaultdict(list)  # by length, each with the token that follows it
+    for predicted in range(1, limit + 1):
+        number, _ = divmod(predicted - 1, stride)
+        alone = block_size - stride  # context at the beginning of a window, of which the first few have less
+        begin = max(0, number * stride - alone)
+        sequences[predicted - begin].append(tokens[begin : predicted + 1])
+    nats = 0.0
     with torch.no_grad():
-        for first in range(0, limit, stride):
-            end = min(first + stride, limit)
-            begin = max(0, end - block_size)
-            logits = all_logits(model, tokens[None, begin:end])[0, first - begin :]
-            total += F.cross_entropy(logits.double(), tokens[first + 1 : end + 1], reduction="sum").item()
-    return total / limit, len(CharTokenizer(LETTERS).decode(tokens[1 : limit + 1].tolist()).encode())
+        for group in map(torch.stack, sequences.values()):
+            nats += F.cross_entropy(all_logits(model, group[:, :-1])[:, -1].double(), group[:, -1], reduction="sum").item()
+    return nats / limit, len(CharTokenizer(LETTERS).decode(tokens[1 : limit + 1].tolist()).encode())
 
 
 @pytest.mark.parametrize(
@@ -136,15 +154,15 @@ def plain_loss(out, data, block_size, stride, limit):
     ],
     ids=["all", "tokens", "stride", "one"],
 )
-def test_figures_equal_plain_arithmetic(trained, data, capsys, keys, expected):
-    found = figures(trained, *[f"--{key}={value}" for key, value in keys.items()], capsys=capsys)
-    loss, size = plain_loss(trained, data, *expected)
+def test_figures_equal_plain_arithmetic(sharp, data, capsys, keys, expected):
+    found = figures(sharp, *[f"--{key}={value}" for key, value in keys.items()], capsys=capsys)
+    loss, size = plain_loss(sharp, data, *expected)
     assert (found["block_size"], found["stride"], found["tokens"]) == expected
     assert found["loss"] == pytest.approx(loss, rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     assert found["bytes"] == size > found["tokens"]  # é takes two
     assert found["bits_per_byte"] == pytest.approx(loss * expected[2] / math.log(2) / size, rel=1e-6)
-    assert (found["model"], found["iter"], found["split"], found["data"]) == (str(trained), 3, "val", str(data))
+    assert (found["model"], found["iter"], found["split"], found["data"]) == (str(sharp), 3, "val", str(data))
 
 
 def test_agrees_with_the_evaluation_of_the_training(trained, data, capsys):
@@ -209,6 +227,28 @@ def test_data_without_a_tokenizer_has_no_bits_per_byte(trained, tmp_path, capsys
     assert (found["tokens"], found["bits_per_byte"], found["bytes"]) == (55, None, None)
     assert evaluate.main(evaluate.command_line([str(trained), f"--data={tmp_path}", "--device=cpu"])) == 0
     assert "bits per byte n/a: no tokenizer there\n" in capsys.readouterr()[0]
+
+
+def test_a_damaged_tokenizer_of_the_models_is_not_none(trained, tmp_path, capsys):
+    """It is what tells that data of as many tokens are others."""
+    shutil.copytree(trained, tmp_path / "out")
+    (tmp_path / "out" / "step-3" / "tokenizer.json").unlink(missing_ok=True)
+    (tmp_path / "out" / "tokenizer.json").write_text("{")
+    assert re.search(r"out/tokenizer\.json: .*offset 1", mistake(tmp_path / "out", capsys=capsys))
+
+
+def test_a_mistake_of_one_process_does_not_leave_it_waiting_for_others(trained, monkeypatch):
+    abandoned = []
+
+    @contextmanager
+    def abandoning(code):
+        abandoned.append(code)
+        yield
+
+    monkeypatch.setattr(evaluate.distributed, "abandoning", abandoning)
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.command_line([str(trained), "--data=nowhere", "--device=cpu"]))
+    assert abandoned == [2]
 
 
 def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys):

@@ -81,7 +81,11 @@ def test_transformers_computes_the_same_from_an_export_and_so_do_we(bias, gelu, 
 
 @pytest.mark.parametrize("real", [50257, 0], ids=["padded", "nanogpts"])
 def test_the_padding_of_the_vocabulary_is_cut_off(real, gpt2, tmp_path):
-    model = saved(tmp_path / "out", gpt2, vocab_size=50304, real_vocab_size=real, gelu="tanh")
+    if real:
+        model = saved(tmp_path / "out", gpt2, vocab_size=50304, real_vocab_size=real, gelu="tanh")
+    else:
+        model, _ = plain(vocab_size=50304)
+        write_ckpt(tmp_path / "out" / "ckpt.pt", model, arguments={"vocab_size": 50304})
     export.export(tmp_path / "out", tmp_path / "hf")
     theirs = from_transformers(tmp_path / "hf")
     assert theirs.config.vocab_size == theirs.transformer.wte.weight.shape[0] == 50257
@@ -212,7 +216,7 @@ def test_an_earlier_export_is_replaced_only_if_told_and_nothing_else_ever(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
-@pytest.mark.parametrize("at", ["save_file", "_force", "rename"])
+@pytest.mark.parametrize("at", ["save_file", "sync", "rename"])
 def test_a_failure_leaves_nothing_behind_and_the_earlier_export_as_it_was(at, tmp_path, monkeypatch, capsys):
     saved(tmp_path / "out", CharTokenizer(CHARACTERS))
     options = [f"--out_dir={tmp_path / 'out'}", f"--to={tmp_path / 'hf'}", "--overwrite=True"]
@@ -253,6 +257,22 @@ def test_mistakes_are_answered_in_one_line(options, message, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert run(capsys, *options) == (2, "", f"export: {message}\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_comes_while_an_export_is_written_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    saved(tmp_path / "out", CharTokenizer(CHARACTERS))
+    save_file, hf = export.save_file, tmp_path / "hf"
+
+    def meanwhile(*args, **keys):
+        hf.mkdir()
+        (hf / "thesis.tex").write_text("years of work")
+        return save_file(*args, **keys)
+
+    monkeypatch.setattr(export, "save_file", meanwhile)
+    code, _, err = run(capsys, f"--out_dir={tmp_path / 'out'}", f"--to={hf}", "--overwrite=True")
+    assert (code, err) == (2, f"export: to={hf}: holds thesis.tex, which no export wrote; it is left as it is\n")
+    assert (hf / "thesis.tex").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path, capsys):

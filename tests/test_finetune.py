@@ -1,8 +1,8 @@
 """Fine-tuning: frozen layers, learning rates by layer, recomputed blocks, and the preset finetune_shakespeare."""
 
 import re
-import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,14 +24,6 @@ SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 16, "bias": True}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return walk(tmp_path_factory.mktemp("finetune"))
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    before = {number: signal.getsignal(number) for number in train.distributed.StopRequest.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def model_of(freeze=-1, recompute=False, **changes):
@@ -268,11 +260,42 @@ def test_the_memory_of_a_run_is_measured_beside_its_calculation(monkeypatch, cap
 
 
 def test_two_updates_are_measured(monkeypatch):
+    """The peak is asked for after two updates of two micro-steps, and what was there before is taken off."""
     monkeypatch.setitem(memory.HUB, "gpt2", replace(memory.HUB["gpt2"], n_layer=1, n_head=2, n_embd=32))
-    config = memory.MemoryConfig(size="gpt2", block_size=16, freeze=0)
-    before = torch.get_rng_state()
-    assert memory.measured(config, torch.float32, torch.device("cpu")) >= 0
-    assert not torch.equal(torch.get_rng_state(), before)
+    events = []
+    monkeypatch.setattr(memory, "resident", lambda: events.append("before") or 5000)
+    monkeypatch.setattr(memory.resource, "getrusage", lambda _: events.append("peak") or SimpleNamespace(ru_maxrss=7))
+    forward, update = memory.GPT.forward, memory.AdamW.step
+
+    def forward_seen(model, idx, targets):
+        events.append((model.recompute, model.lm_head.weight.requires_grad, tuple(idx.shape)))
+        return forward(model, idx, targets)
+
+    monkeypatch.setattr(memory.GPT, "forward", forward_seen)
+    monkeypatch.setattr(memory.AdamW, "step", lambda self, clip: events.append("update") or update(self, clip))
+    config = memory.MemoryConfig(size="gpt2", batch_size=2, block_size=16, freeze=0, recompute=True)
+    assert memory.measured(config, torch.float32, torch.device("cpu")) == 7 * 1024 - 5000
+    micro_step = (True, False, (2, 16))
+    assert events == ["before", *2 * (micro_step, micro_step, "update"), "peak"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--freeze=100"], "freeze=100: must be -1 to 48"),
+        (["--size=gpt2", "--freeze=13"], "freeze=13: must be -1 to 12"),
+        (["--block_size=0"], "block_size=0: must be 1 to 1024"),
+        (["--batch_size=0"], "batch_size=0: must be 1 to "),
+        (["--dtype=foo"], "dtype=foo: expected one of auto, float32, bfloat16, float16"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_mistakes_about_memory_are_one_line(options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        memory.main(options)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"benchmarks.memory: {message}")
 
 
 def test_sampling_with_a_cache_and_evaluation_recompute_nothing():

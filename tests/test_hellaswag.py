@@ -205,6 +205,7 @@ def test_text_of_an_item(tmp_path):
         ("", "JSONDecodeError"),
         ("[1]", "TypeError"),
         ("[" * 10**5, "RecursionError"),
+        (json.dumps(item(label=float("inf"))), "OverflowError: cannot convert float infinity to integer"),
         (json.dumps({k: v for k, v in item().items() if k != "label"}), "KeyError: 'label'"),
         (json.dumps(item(label="")), "ValueError"),
         (json.dumps(item(label=4)), "label of 0 to 3"),

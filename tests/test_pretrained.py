@@ -5,7 +5,7 @@ import json
 import os
 import pickle
 import re
-import signal
+import shutil
 import socket
 import sys
 from dataclasses import asdict
@@ -20,11 +20,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nanogpt import checkpoint, pretrained, sample, train
+from nanogpt import checkpoint, evaluate, export, pretrained, sample, tokenizer, train
 from nanogpt.config import GPT2_SIZES, GPTConfig, TrainConfig, load
+from nanogpt.data import assets
 from nanogpt.generate import generate
 from nanogpt.model import GPT
-from nanogpt.tokenizer import GPT2Tokenizer
+from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
 from tests.runs import TINY, losses, start
 from tests.test_model import all_logits
 
@@ -36,14 +37,6 @@ SIZES = {
 
 
 transformers.utils.logging.disable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    before = {number: signal.getsignal(number) for number in train.distributed.StopRequest.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def random_gpt2(activation_function="gelu_new", **sizes):
@@ -155,6 +148,7 @@ def edited(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"activation_function": ["gelu"]}, r"activation_function=\['gelu'\]: expected one of gelu, gelu_new"),
         ({"activation_function": "relu"}, "activation_function='relu': expected one of gelu, gelu_new, gelu_pytorch_tanh"),
         ({"model_type": "llama"}, "model_type='llama': this network has 'gpt2'"),
         ({"model_type": "absent"}, "model_type=None: this network has 'gpt2'"),
@@ -347,6 +341,13 @@ def test_without_cache_and_network_one_line_says_so(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=f"{line}Connection refused"):
         pretrained.load("gpt2-xl")
 
+    def without_words(*args, **keys):
+        raise OSError
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", without_words)
+    with pytest.raises(ValueError, match=rf"{line}OSError\(\)$"):
+        pretrained.load("gpt2-xl")
+
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -354,7 +355,7 @@ def test_a_missing_library_is_named(monkeypatch):
         pretrained.load("gpt2")
 
 
-# nanoGPT's ckpt.pt, written anew from what NANOGPT.md of it is known: names, order of parameters, keys
+# nanoGPT's ckpt.pt, written anew from what is known of it: names, order of parameters, keys
 
 
 class PlainBlock(nn.Module):
@@ -745,11 +746,138 @@ def test_sampling_from_a_ckpt_uses_the_characters_of_its_data(ckpt, tmp_path, mo
     assert pretrained.find_tokenizer(pretrained.load(path)).characters == LETTERS
 
 
-@pytest.mark.parametrize("dataset", ["../letters", "/etc", "a/b"])
-def test_a_ckpt_names_its_data_by_a_plain_name_only(dataset, tmp_path):
+@pytest.mark.parametrize("dataset", ["../letters", "/etc", "a/b", ".."])
+def test_a_ckpt_names_its_data_by_a_plain_name_only(dataset, tmp_path, capsys):
     model, _ = plain()
-    weights = pretrained.load(write_ckpt(tmp_path / "ckpt.pt", model, config={"dataset": dataset}))
-    with pytest.raises(ValueError, match=f"dataset {dataset!r} is not a plain name"):
+    path = write_ckpt(tmp_path / "ckpt.pt", model, config={"dataset": dataset})
+    message = f"{path}: dataset {dataset!r} is not a plain name"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pretrained.find_tokenizer(pretrained.load(path))
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(evaluate.command_line([f"--init_from={path}", "--device=cpu"]))
+    assert (stopped.value.code, capsys.readouterr().err) == (2, f"evaluate: {message}\n")
+
+
+def test_a_run_whose_tokenizer_is_gone_has_that_of_its_data(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    assert run(tmp_path / "data", tmp_path / "out", max_iters=1, n_layer=1, n_head=2, n_embd=8, block_size=16) == 0
+    weights = pretrained.load(tmp_path / "out")
+    assert isinstance(weights.state["dataset"], dict)
+    with pytest.raises(pretrained.NoTokenizerError, match=rf"dataset={tmp_path / 'data'} has no tokenizer\.json"):
+        pretrained.find_tokenizer(weights)
+    tokenizer.save(CharTokenizer(LETTERS), tmp_path / "data")
+    assert pretrained.find_tokenizer(weights).characters == LETTERS
+    (tmp_path / "data" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"data/tokenizer\.json: ") as refused:
+        pretrained.find_tokenizer(weights)
+    assert not isinstance(refused.value, pretrained.NoTokenizerError)
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(pretrained.NoTokenizerError, match=f"dataset={tmp_path / 'data'}: no such directory"):
+        pretrained.find_tokenizer(weights)
+
+
+@pytest.fixture(scope="module")
+def fifty_thousand(tmp_path_factory):
+    """A dataset of 50304 tokens of its own, the last ones in each row of it."""
+    path = tmp_path_factory.mktemp("fifty thousand")
+    for split in ("train", "val"):
+        np.tile(np.arange(50240, 50304, dtype=np.uint16), 10).tofile(path / f"{split}.bin")
+    (path / "dataset.json").write_text('{"vocab_size": 50304}')
+    return path
+
+
+def test_data_of_50304_tokens_is_not_padded_gpt2(fifty_thousand, tmp_path):
+    """Its last 47 tokens are as real as others: predicted, exported, and fine-tuned on."""
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "bias": True, "gelu": "tanh"}
+    assert run(fifty_thousand, tmp_path / "out", max_iters=2, **shape) == 0
+    assert all(loss == pytest.approx(np.log(50304), abs=0.3) for _, loss in losses(tmp_path / "out"))
+    weights = pretrained.load(tmp_path / "out")
+    assert (weights.vocab_size, weights.model("cpu", torch.float32).vocab_size) == (50304, 50304)
+    assert run(fifty_thousand, tmp_path / "tuned", init_from=tmp_path / "out", max_iters=1) == 0
+    assert np.isfinite(losses(tmp_path / "tuned")[0][1])
+    assert export.stored(weights)["transformer.wte.weight"].shape == (50304, 8)
+
+
+def words(count, special=("<|endoftext|>",), **model):
+    """tokenizer.json of `count` tokens: the bytes, pairs of letters, pairs of these, then the special ones."""
+    letters, pieces = sorted(tokenizer.BYTE_OF), []
+    capitals = [letter for letter in letters if letter.isascii() and letter.isupper()]
+    pairs = [(a, b) for a in capitals for b in letters if b not in capitals]
+    pairs += [(a + b, c + d) for a, b in pairs[:100] for c, d in pairs]
+    pairs = pairs[: count - 256 - len(special)]
+    pieces = [*letters, *(left + right for left, right in pairs)]
+    assert len(pieces) + len(special) == count
+    level = {"type": "ByteLevel", "add_prefix_space": False}
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    added = [{"id": len(pieces) + i, "content": content} for i, content in enumerate(special)]
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [list(pair) for pair in pairs]} | model
+    return {"added_tokens": added, "normalizer": None, "pre_tokenizer": level, "decoder": level, "model": model}
+
+
+def test_imported_weights_of_50304_rows_are_gpt2s_unless_a_tokenizer_says_otherwise(tmp_path):
+    random_gpt2(**SIZES["gpt2"] | {"vocab_size": 50304, "n_layer": 1}).save_pretrained(tmp_path)
+    assert pretrained.load(tmp_path).vocab_size == 50257
+    assert pretrained.load(tmp_path / "model.safetensors").model("cpu", torch.float32).config.real_vocab_size == 50257
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words(50304)))
+    weights = pretrained.load(tmp_path)
+    assert (weights.vocab_size, weights.model("cpu", torch.float32).config.real_vocab_size) == (50304, 0)
+    assert pretrained.find_tokenizer(weights).vocab_size == 50304
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert pretrained.load(tmp_path).vocab_size == 50304
+
+
+@pytest.fixture(scope="module")
+def gpt2_sized(tmp_path_factory):
+    """A Hugging Face directory of 50257 tokens without a tokenizer, to be copied."""
+    path = tmp_path_factory.mktemp("gpt2 sized")
+    random_gpt2(**SIZES["gpt2"] | {"n_layer": 1}).save_pretrained(path)
+    return path
+
+
+def gpt2_table():
+    try:
+        return [assets.fetch(asset).read_bytes() for asset in (assets.GPT2_ENCODER, assets.GPT2_MERGES)]
+    except ValueError as error:
+        pytest.skip(f"GPT-2's table is neither cached nor reachable: {error}")
+
+
+def test_a_vocabulary_of_its_own_is_never_taken_for_gpt2s(gpt2_sized, tmp_path):
+    """In vocab.json and merges.txt, as tokenizers were saved before tokenizer.json."""
+    table, merges = gpt2_table()
+    hf = shutil.copytree(gpt2_sized, tmp_path / "hf")
+    weights = pretrained.load(hf)
+    assert isinstance(pretrained.find_tokenizer(weights), GPT2Tokenizer)
+    (hf / "vocab.json").write_bytes(table)
+    (hf / "merges.txt").write_bytes(merges)
+    assert isinstance(pretrained.find_tokenizer(weights), GPT2Tokenizer)
+    (hf / "added_tokens.json").write_text('{"<|endoftext|>": 50256, "<|user|>": 50257}')
+    with pytest.raises(ValueError, match=r"added_tokens.json: adds tokens to GPT-2's"):
+        pretrained.find_tokenizer(weights)
+    (hf / "added_tokens.json").unlink()
+    for vocabulary in (dict(zip(json.loads(table), range(50256, -1, -1))), {"a": 0}):
+        (hf / "vocab.json").write_text(json.dumps(vocabulary))
+        with pytest.raises(ValueError, match=r"vocab\.json: not GPT-2's") as refused:
+            pretrained.find_tokenizer(weights)
+        assert not isinstance(refused.value, pretrained.NoTokenizerError)
+
+
+def test_tokens_added_to_gpt2s_are_kept(gpt2_sized, tmp_path):
+    table, merges = gpt2_table()
+    hf = shutil.copytree(gpt2_sized, tmp_path / "hf")
+    weights = pretrained.load(hf)
+    content = export._of_gpt2(table, merges)
+    (hf / "tokenizer.json").write_text(json.dumps(content))
+    assert isinstance(pretrained.find_tokenizer(weights), GPT2Tokenizer)
+    content["added_tokens"].append({"id": 50257, "content": "<|user|>"})
+    (hf / "tokenizer.json").write_text(json.dumps(content))
+    found, peer = pretrained.find_tokenizer(weights), transformers.AutoTokenizer.from_pretrained(hf)
+    assert found.vocab_size == 50258
+    assert found.encode("<|user|>Hello  world") == peer.encode("<|user|>Hello  world") == [50257, 15496, 220, 995]
+    with pytest.raises(ValueError, match="a tokenizer of 50258 tokens for a model of 50257"):
+        pretrained.load_model(hf, "cpu", torch.float32)
+    content["model"]["dropout"] = 0.1
+    (hf / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer.json: model.dropout is set"):
         pretrained.find_tokenizer(weights)
 
 
@@ -763,7 +891,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path):
 
 
 def test_a_model_without_a_tokenizer_is_refused_unless_its_vocabulary_is_gpt2s(odd, tmp_path):
-    with pytest.raises(ValueError, match=r"hf: no tokenizer.json beside it, and dataset= has no tokenizer.json"):
+    with pytest.raises(ValueError, match=r"hf: no tokenizer.json beside it, and no dataset of its own is named"):
         pretrained.load_model(odd[0], "cpu", torch.float32)
     random_gpt2(**SIZES["gpt2"]).save_pretrained(tmp_path / "gpt2")
     assert isinstance(pretrained.load_model(tmp_path / "gpt2", "cpu", torch.float32)[1], GPT2Tokenizer)

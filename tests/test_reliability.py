@@ -57,14 +57,6 @@ def processes():
     return context
 
 
-@pytest.fixture(autouse=True)
-def _handlers():
-    before = {number: signal.getsignal(number) for number in train.distributed.StopRequest.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def weights(value):
     return {"w": torch.full((5, 3), float(value)), "b": torch.full((), float(value))}
 

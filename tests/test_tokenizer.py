@@ -193,3 +193,52 @@ def test_damaged_meta_pkl_is_refused_or_read(tmp_path_factory, junk, at, value):
         except ValueError as error:
             message = str(error)
         assert str(path) in message
+
+
+def own(merges, vocabulary=None, added=(), **model):
+    """Hugging Face's form: the bytes, what the merges make, and the added tokens."""
+    pieces = [*sorted(tokenizer.BYTE_OF), *(left + right for left, right in merges)]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *(vocabulary or ())])}
+    added = [{"id": len(vocabulary), "content": "<|endoftext|>"} | flags for flags in added]
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [list(pair) for pair in merges]} | model
+    return {"added_tokens": added, "normalizer": None, "pre_tokenizer": level, "decoder": level, "model": model}
+
+
+MERGES = [("a", "b"), ("ab", "c"), ("b", "c"), ("ab", "ab"), ("\u0120", "ab")]
+
+
+@given(st.text("abc ", max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_a_tokenizer_from_elsewhere_equals_that_of_hugging_face(text):
+    tokenizers = pytest.importorskip("tokenizers")
+    content = own(MERGES, added=[{"special": True, "normalized": False}], dropout=None, ignore_merges=False)
+    peer = tokenizers.Tokenizer.from_str(json.dumps(complete(content)))
+    assert tokenizer.BPETokenizer(content).encode(text + "<|endoftext|>ab") == peer.encode(text + "<|endoftext|>ab").ids
+
+
+def complete(content):
+    """With the keys that `tokenizers` requires."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    added = [flags | token for token in content["added_tokens"]]
+    level = content["pre_tokenizer"] | {"trim_offsets": True}
+    return content | {"version": "1.0", "added_tokens": added, "pre_tokenizer": level, "decoder": level}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (own(MERGES, ["cab"]), "not a byte-level BPE over GPT-2's pattern"),  # no merge makes it: theirs never gives it
+        (own(MERGES, ["cab"], ignore_merges=True), "not a byte-level BPE|model.ignore_merges is set"),
+        (own(MERGES, ignore_merges=True), "model.ignore_merges is set"),
+        (own(MERGES, dropout=0.1), "model.dropout is set"),
+        (own(MERGES, continuing_subword_prefix="##"), "model.continuing_subword_prefix is set"),
+        (own(MERGES, end_of_word_suffix="</w>"), "model.end_of_word_suffix is set"),
+        (own(MERGES, added=[{"lstrip": True}]), "added_tokens.lstrip is set"),
+        (own([("a", "b"), ("b", "c"), ("a", "bc")]), "the merges do not make 'abc' from its own bytes"),
+    ],
+    ids=["made by none", "ignored", "ignore_merges", "dropout", "prefix", "suffix", "lstrip", "not reached"],
+)
+def test_a_tokenizer_that_would_give_other_tokens_than_hugging_face_is_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.BPETokenizer(content)

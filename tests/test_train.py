@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
 import time
 
@@ -27,14 +26,6 @@ from tests.runs import KILLED, ROOT, TORCHRUN, arguments, losses, records, run, 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return walk(tmp_path_factory.mktemp("walk"))
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    before = {number: signal.getsignal(number) for number in train.distributed.StopRequest.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_exactly_max_iters_updates_the_last_one_evaluated_and_saved(data, tmp_path, capsys):
