@@ -79,7 +79,11 @@ class Chat:
         return kept
 
     def reply(self) -> Iterator[str]:
-        """The model's answer as it comes; however the caller leaves the loop, what was shown is in the transcript."""
+        """The model's answer as it comes.
+
+        However the caller leaves the loop, what was drawn is in the transcript, but for the tokens of a character cut off at
+        the end: the model draws these anew. One of them may have begun with whole characters, which were shown.
+        """
         text = Text(self.encoder, self.stop, self.encoder.eot)
         steps = write(
             self.model, self.encoder, self.window(), [text], self.max_new_tokens, generator=self.generator, **self.sampling
@@ -89,7 +93,7 @@ class Chat:
                 for [piece] in steps:
                     yield piece
         finally:
-            unfinished = len(text.decoder.getstate()[0])  # bytes of a character cut off, not shown: drawn anew next time
+            unfinished = len(text.decoder.getstate()[0])  # bytes of a character cut off
             while unfinished > 0:
                 unfinished -= len(self.encoder.decode_bytes([text.tokens.pop()]))
             self.transcript += text.tokens

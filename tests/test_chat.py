@@ -2,7 +2,6 @@
 
 import io
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from nanogpt.config import GPTConfig
 from nanogpt.generate import generate
 from nanogpt.model import GPT
 from nanogpt.tokenizer import CharTokenizer
+
+pty = pytest.importorskip("pty", reason="needs a pseudo-terminal")
 
 GREEDY = {"temperature": 0, "top_k": 0, "top_p": 1.0}
 CHARACTERS = "\n abcdé/"
@@ -233,7 +234,6 @@ class Terminal:
         return before
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_terminal(run_dir):
     """Ctrl-C stops an answer and not the program, and clears a line; the arrow brings a line back; Ctrl-D ends."""
     terminal = Terminal(f"--out_dir={run_dir}", "--device=cpu", "--max_new_tokens=1000000000", "--temperature=0.5")

@@ -9,12 +9,15 @@ import select
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra [serve]")
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 
+from nanogpt.serve import api, completions
+from nanogpt.serve.completions import Request
 from tests.test_serve import Bytes, Parrot, serving, wait_until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
@@ -130,17 +133,30 @@ def test_text_is_shown_as_text(browser):
         assert browser.complaints == []
 
 
-def test_options_reach_the_server(browser):
+def test_options_reach_the_server(browser, monkeypatch):
+    requests = []
+
+    def answer(model, encoder, request):
+        requests.append(request)
+        return completions.answer(model, encoder, request)
+
+    monkeypatch.setattr(api, "answer", answer)
     with serving(Parrot("abc\0"), Bytes()) as client:
         browser.open(client.port)
-        browser.fill(prompt="x", temperature=0, seed=7, top_k=3, top_p=0.5)
+        browser.press("run")  # as it stands there
+        assert browser.status() == "ended by the model or a stop"
+        assert requests.pop() == Request([[0]], max_tokens=200, temperature=0.8, top_k=200, stream=True)
+        browser.fill(prompt="x", max_tokens=9, temperature=0, seed=7, top_k=3, top_p=0.5)
         browser.press("run")
         assert browser.status() == "ended by the model or a stop"
         assert browser.text("new") == "abc"
+        expected = Request([[ord("x")]], max_tokens=9, temperature=0, seed=7, top_k=3, top_p=0.5, stream=True)
+        assert requests.pop() == expected
         browser.fill(stop_text="c")
         browser.press("run")
         assert browser.status() == "ended by the model or a stop"
         assert browser.text("new") == "ab"
+        assert requests.pop() == replace(expected, stop=["c"])
         browser.fill(seed=2**60)  # past what a JavaScript number holds exactly, and still a request
         browser.press("run")
         assert browser.status() == "ended by the model or a stop"

@@ -1,7 +1,9 @@
 """The server: answers, errors, limits, slow and rude clients, shutdown; the page. Real sockets, a tiny character model."""
 
+import asyncio
 import base64
 import contextlib
+import gc
 import hashlib
 import html.parser
 import http.client
@@ -28,7 +30,8 @@ from nanogpt import checkpoint, sample, tokenizer
 from nanogpt.config import GPTConfig
 from nanogpt.model import GPT
 from nanogpt.serve import ServeConfig, __main__, api, guard
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.serve.completions import ApiError, Request
+from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
 
 CHARACTERS = "\n abcdé𝄞"
 
@@ -168,7 +171,7 @@ class Parrot(GPT):
 
     def forward(self, idx, cache=None):
         if self.gate is not None:
-            self.gate.acquire()
+            assert self.gate.acquire(timeout=20), "waited in vain for a permit"
         self.steps += 1
         if cache is not None:
             cache.length += idx.shape[1]
@@ -446,12 +449,15 @@ def start_streaming(client, connection=None, **body):
 
 
 class TestClients:
+    @pytest.mark.parametrize("ahead", [b"", b"G"], ids=["", "ahead"])  # sent after the request, of a next one
     @pytest.mark.parametrize("stream", [True, False])
-    def test_a_client_that_leaves_ends_its_generation(self, stream):
+    def test_a_client_that_leaves_ends_its_generation(self, stream, ahead):
         model = Parrot("abc")
         with serving(model, Bytes(), max_queue=1) as client:
             connection = start_streaming(client, stream=stream)
             wait_until(lambda: model.steps > 20)
+            connection.sendall(ahead)
+            time.sleep(0.2)
             assert model.caches[0]() is not None
             assert stream is (select_readable(connection))
             connection.close()
@@ -475,15 +481,64 @@ class TestClients:
             assert client.ask("GET", "/health")[0] == 200  # the event loop is free
             second.close()  # one that waits leaves; it is never begun
             wait_until(lambda: len(client.server.worker.jobs) == 2)
+            job, last = client.server.worker.jobs
             first.close()
+            wait_until(job.left.is_set)
+            assert json.loads(client.ask("GET", "/health")[2])["requests"] == 2  # the thread is still at it
             gate.release()
-            wait_until(lambda: len(client.server.worker.jobs) == 1)
+            wait_until(lambda: client.server.worker.jobs == [last])
             gate.release(20)
             third.recv(100)
-            assert len(model.caches) <= 2
+            assert len(model.caches) == 2
             third.close()
+            wait_until(last.left.is_set)
             gate.release(10)
             wait_until(lambda: not client.server.worker.jobs)
+
+    def test_clients_that_left_the_queue_leave_nothing_there(self):
+        gate = threading.Semaphore(0)
+        with serving(Parrot("abc", gate), Bytes(), max_queue=1) as client:
+            first = start_streaming(client)
+            wait_until(lambda: client.server.worker.jobs)
+            for _ in range(20):
+                with start_streaming(client):
+                    wait_until(lambda: len(client.server.worker.jobs) == 2)
+                wait_until(lambda: len(client.server.worker.jobs) == 1)
+            wait_until(lambda: len(client.server.server_state.connections) == 1)
+            gc.collect()
+            kept = [type(found) for found in gc.get_objects() if type(found) in (Request, api.Job)]
+            assert sorted(kept, key=str) == [api.Job, Request]
+            [job] = client.server.worker.jobs
+            first.close()
+            wait_until(job.left.is_set)
+            gate.release(10)
+
+    def test_more_than_a_request_ahead(self):
+        """What is sent during an answer waits for its turn up to the size of one request."""
+        get = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+        gate = threading.Semaphore(0)
+        with serving(Parrot("abc", gate), Bytes(), max_body=1000) as client:
+            connection = start_streaming(client, max_tokens=1)
+            wait_until(lambda: client.server.worker.jobs)
+            connection.sendall(get + b"X: %s\r\nConnection: close\r\n\r\n" % (b"x" * 9000))
+            time.sleep(0.2)
+            gate.release()
+            received = b""
+            while part := connection.recv(65536):
+                received += part
+            assert b"data: [DONE]" in received
+            assert b'"status": "ok"' in received
+            connection.close()
+            flood = start_streaming(client)
+            wait_until(lambda: client.server.worker.jobs)
+            with contextlib.suppress(ConnectionError):
+                flood.sendall(500 * (get + b"\r\n"))  # 20 500 bytes
+                while flood.recv(65536):
+                    pass
+            [job] = client.server.worker.jobs
+            wait_until(job.left.is_set)
+            gate.release()
+            flood.close()
 
     def test_slow_clients_are_dropped_and_keep_nobody_waiting(self, model):
         head = (
@@ -569,6 +624,25 @@ class TestClients:
                 received += connection.recv(10000)
             assert received.count(b"HTTP/1.1 200 OK") == 3
 
+    def test_who_waits_at_the_end_is_never_begun(self):
+        gate = threading.Semaphore(0)
+        worker = api.Worker(model := Parrot("abc", gate), Bytes(), 1)
+
+        async def run():
+            jobs = [worker.submit(Request([[97]])) for _ in range(2)]
+            worker.stop()
+            assert worker.jobs == jobs[:1]
+            for job in jobs:
+                with pytest.raises(ApiError, match="shutting down"):
+                    await anext(aiter(job))
+            gate.release()
+            while worker.jobs:
+                await asyncio.sleep(0.01)
+
+        asyncio.run(asyncio.wait_for(run(), 30))
+        worker.thread.shutdown()
+        assert model.steps == 1
+
     def test_shutdown_lets_answers_end_then_ends_them(self):
         model = Parrot("abc")
         with serving(model, Bytes(), shutdown_timeout=0.5) as client:
@@ -626,7 +700,8 @@ class Command:
                 break
         assert found, "".join(self.lines)
         self.client = Client(int(found[1]))
-        threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True).start()
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
+        self.reader.start()
 
     def usage(self):
         """(open files, threads, MiB of memory)"""
@@ -636,7 +711,7 @@ class Command:
 
 
 def malformed(rng):
-    """(bytes to send, whether they are an HTTP request with a JSON error to expect)."""
+    """(bytes to send, whether they are enough to be answered at once)."""
     good = json.dumps({"prompt": "ab", "max_tokens": 3, "temperature": 0}).encode()
     values = [None, True, -1, 0, 1e308, 2**70, "", "é", "\0", [], {}, [[]], [{}], [None], "a" * 3000, [0] * 500, -0.0, "\ud83d"]
     names = ["prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "seed", "echo", "stream", "model", "x"]
@@ -697,10 +772,11 @@ def test_a_thousand_malformed_requests_and_rude_clients(run_dir, capsys):
     try:
         for i in range(1100):
             data, clear = malformed(rng)
-            received = client.raw(data, patient=clear)
+            patient = clear or i % 50 == 1
+            received = client.raw(data, patient)
             status = received.split(b"\r\n")[0]
             assert re.fullmatch(rb"HTTP/1\.1 4\d\d .*|", status), (data[:300], received[:300])
-            if clear:
+            if patient:
                 error = json.loads(received.partition(b"\r\n\r\n")[2])["error"]
                 assert error["message"], (data[:300], received[:300])
             if i % 50 == 0:
@@ -723,6 +799,7 @@ def test_a_thousand_malformed_requests_and_rude_clients(run_dir, capsys):
         assert client.post(good)[1]["choices"][0]["text"] == expected
         command.process.send_signal(signal.SIGTERM)
         assert command.process.wait(20) == 0
+        command.reader.join(20)
         assert "Traceback" not in "".join(command.lines)
     finally:
         command.process.kill()
@@ -764,6 +841,14 @@ class TestCommand:
     def test_port_in_use(self, capsys):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             assert "in use" in self.refuses(capsys, [f"--port={taken.getsockname()[1]}"])
+
+    def test_a_table_that_cannot_be_fetched(self, capsys, monkeypatch):
+        def fetch(asset):
+            raise ValueError(f"{asset.filename}: no network")
+
+        monkeypatch.setattr(tokenizer.assets, "fetch", fetch)
+        monkeypatch.setattr(__main__, "load", lambda config: (None, GPT2Tokenizer()))
+        assert "gpt2-encoder.json: no network" in self.refuses(capsys, ["--port=0"])
 
     @pytest.mark.parametrize("module", ["starlette", "uvicorn"])
     def test_names_the_extra_that_is_missing(self, capsys, monkeypatch, module):

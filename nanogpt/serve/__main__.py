@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
         secret = read_key(config.api_key_file)
         listener = guard.listen(config)
         model, encoder = load(config)
+        encoder.decode_bytes([0])  # reads its table, which may have to be fetched: now, not at the first request
         api.serve(config, model, encoder, secret, listener)
     except (ValueError, OSError) as error:
         fail(error, "serve")

@@ -44,16 +44,15 @@ log = logging.getLogger("uvicorn.error")
 
 
 class Job:
-    """A request's turn with the model: leave it, and the generation ends.
+    """A request's turn with the model.
 
     Attributes:
-        future: of the thread's work.
         steps: what the thread has drawn; an ApiError in place of what will not come, None at the end.
         left: tells the thread to stop.
     """
 
-    def __init__(self):
-        self.future: asyncio.Future[None] | None = None
+    def __init__(self, request: Request):
+        self.request = request
         self.steps: asyncio.Queue[list[Piece] | ApiError | None] = asyncio.Queue()
         self.left = threading.Event()
 
@@ -63,20 +62,20 @@ class Job:
                 raise step
             yield step
 
-    def leave(self) -> None:
-        self.left.set()
-        self.future.cancel()
-
 
 class Worker:
-    """The thread that draws, and the queue before it."""
+    """The thread that draws, and the queue before it.
+
+    Attributes:
+        jobs: the one that the thread works on, then those that wait. The event loop's.
+    """
 
     def __init__(self, model: GPT, encoder: Tokenizer, max_queue: int):
         self.model, self.encoder, self.max_queue = model, encoder, max_queue
         device = model.lm_head.weight.device
         on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()  # each thread has a current one
         self.thread = ThreadPoolExecutor(1, "generate", *on_device)
-        self.jobs: set[Job] = set()
+        self.jobs: list[Job] = []
         self.closing = False
 
     def submit(self, request: Request) -> Job:
@@ -89,10 +88,17 @@ class Worker:
             raise ApiError(503, "the server is shutting down", retry_after=10)
         if len(self.jobs) > self.max_queue:
             raise ApiError(429, f"{len(self.jobs)} requests are before this one; try again", code="queue_full", retry_after=1)
-        job, loop = Job(), asyncio.get_running_loop()
+        job = Job(request)
+        self.jobs.append(job)
+        if len(self.jobs) == 1:
+            self.begin(job)
+        return job
+
+    def begin(self, job: Job) -> None:
+        loop = asyncio.get_running_loop()
 
         def work() -> None:
-            with closing(answer(self.model, self.encoder, request)) as steps:
+            with closing(answer(self.model, self.encoder, job.request)) as steps:
                 for step in steps:
                     if job.left.is_set():
                         return
@@ -100,17 +106,21 @@ class Worker:
                         loop.call_soon_threadsafe(job.steps.put_nowait, step)
 
         def done(future: asyncio.Future[None]) -> None:
-            self.jobs.discard(job)
-            failure = None if future.cancelled() else future.exception()
-            if failure is not None:
+            self.jobs.remove(job)
+            if (failure := future.exception()) is not None:
                 log.error("a generation failed", exc_info=failure)
                 job.steps.put_nowait(ApiError(500, "the generation failed; the server's log says why"))
             job.steps.put_nowait(None)
+            if self.jobs:
+                self.begin(self.jobs[0])
 
-        self.jobs.add(job)
-        job.future = loop.run_in_executor(self.thread, work)
-        job.future.add_done_callback(done)
-        return job
+        loop.run_in_executor(self.thread, work).add_done_callback(done)
+
+    def leave(self, job: Job) -> None:
+        """Nobody waits for it any more: it ends at its next token, or never begins."""
+        job.left.set()
+        if job in self.jobs[1:]:
+            self.jobs.remove(job)
 
     def stop(self) -> None:
         """Ends what runs and what waits, with an error to each client."""
@@ -118,6 +128,7 @@ class Worker:
         for job in self.jobs:
             job.steps.put_nowait(ApiError(503, "the server is shutting down", retry_after=10))
             job.left.set()
+        del self.jobs[1:]
 
 
 class Answer:
@@ -142,7 +153,7 @@ class Answer:
             if written.done():
                 written.result()
         finally:
-            job.leave()
+            self.worker.leave(job)
             for task in (written, gone):
                 task.cancel()
             await asyncio.gather(written, gone, return_exceptions=True)

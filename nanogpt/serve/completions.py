@@ -239,7 +239,8 @@ def parse(body: bytes, model_name: str, encoder: Tokenizer, limits: Limits) -> R
 def answer(model: GPT, encoder: Tokenizer, request: Request) -> Iterator[list[Piece]]:
     """Draws what was asked for, one prompt after the other, the n choices of each in one batch.
 
-    A seed begins with each prompt anew: the same text as `nanogpt.sample` writes with that seed and num_samples=n.
+    A seed begins with each prompt anew: the same text as `nanogpt.sample` writes with that seed, the same options,
+    num_samples=n, and stop=<|endoftext|> where the tokenizer has that token.
 
     Yields:
         After each step what is new, often nothing: a caller that gives up needs to wait for one step only.

@@ -8,6 +8,7 @@ import re
 import socket
 from typing import Any
 
+import h11
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -96,7 +97,8 @@ def make_protocol(config: ServeConfig) -> type[H11Protocol]:
 
     class Protocol(H11Protocol):
         """The deadline runs whenever the client has to act: until its request's headers are there, while it is behind with
-        reading, and after an answer. It does not run while the application works; that reads the body under its own.
+        reading, and after an answer. It does not run while the application works; that reads the body under its own. What
+        comes during an answer is read, else nobody would see the client leave, and kept up to the size of one request.
         """
 
         deadline: asyncio.TimerHandle | None = None
@@ -140,8 +142,14 @@ def make_protocol(config: ServeConfig) -> type[H11Protocol]:
 
         def handle_events(self) -> None:
             super().handle_events()
-            if self.answering() and not self.flow.write_paused:
+            if not self.answering():
+                return
+            if not self.flow.write_paused:
                 self.disarm()
+            if self.conn.their_state is h11.DONE:
+                self.flow.resume_reading()
+                if len(self.conn.trailing_data[0]) > MAX_HEADERS + config.max_body:
+                    self.transport.abort()
 
         def on_response_complete(self) -> None:
             self.arm()
