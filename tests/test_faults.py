@@ -24,7 +24,7 @@ from nanogpt.guard import NOT_FINITE, OVERFLOW, SPIKE, UPDATED, DivergenceError,
 from nanogpt.optim import AdamW, LossScale
 from nanogpt.telemetry import Telemetry
 from tests.runs import ROOT, TORCHRUN, arguments, losses, records, run, start, status
-from tests.test_train import _handlers, data  # noqa: F401
+from tests.test_train import data  # noqa: F401
 
 INJECTED = {"allow_fault_injection": True}
 

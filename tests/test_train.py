@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import time
 
