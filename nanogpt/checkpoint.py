@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,14 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 # Writing
 
 
-def save(out_dir: Path, step: int, model: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any]) -> Path:
+def save(
+    out_dir: Path,
+    step: int,
+    model: dict[str, Tensor],
+    optim: dict[str, Tensor],
+    state: dict[str, Any],
+    progress: Callable[[], None] = lambda: None,
+) -> Path:
     """Writes OUT/step-N, replacing one of that name.
 
     Args:
@@ -42,6 +49,7 @@ def save(out_dir: Path, step: int, model: dict[str, Tensor], optim: dict[str, Te
         step: N, completed updates.
         model, optim: tensors by name, on any device.
         state: what JSON can hold.
+        progress: called after each tensor and each file.
 
     Returns:
         The path of OUT/step-N.
@@ -57,7 +65,7 @@ def save(out_dir: Path, step: int, model: dict[str, Tensor], optim: dict[str, Te
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for name, tensors in ((MODEL, model), (OPTIM, optim)):
-            manifest["files"][name], manifest["tensors"][name] = _write_tensors(partial / name, tensors)
+            manifest["files"][name], manifest["tensors"][name] = _write_tensors(partial / name, tensors, progress)
         manifest["files"][STATE] = _write(partial / STATE, [json.dumps(state, allow_nan=False).encode()])
         manifest["sha256"] = digest(manifest)
         _write(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
@@ -79,7 +87,7 @@ def save(out_dir: Path, step: int, model: dict[str, Tensor], optim: dict[str, Te
     return final
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[dict, dict]:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], progress: Callable[[], None]) -> tuple[dict, dict]:
     """Writes safetensors' format: length of the header (8 bytes), header (JSON), data. One pass writes and hashes, which the
     library's writer cannot do. Returns the entries for the manifest."""
     header, entries, offset = {}, {}, 0
@@ -96,8 +104,11 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[dict, dict]:
             data = _bytes(t)
             entries[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "sha256": hashlib.sha256(data).hexdigest()}
             yield data
+            progress()
 
-    return _write(path, chunks()), entries
+    written = _write(path, chunks())
+    progress()  # forcing it to disk may have taken long
+    return written, entries
 
 
 def _bytes(t: Tensor) -> memoryview:

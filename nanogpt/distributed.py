@@ -66,8 +66,8 @@ def init(config: TrainConfig) -> World:
     store, rank, size = next(dist.rendezvous("env://"))
     # After a crash, torchrun's store still holds the addresses of the dead, which the living would wait for
     store = dist.PrefixStore(f"nanogpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # Later than the watchdog, which can name who hangs
-    patience = {"timeout": timedelta(seconds=2 * config.timeout + 60)} if config.timeout else {}
+    # Later than the watchdog, which can name who hangs, and than a save for which the others wait
+    patience = {"timeout": timedelta(seconds=10 * config.timeout + 60)} if config.timeout else {}
     device_id = device if backend == "nccl" else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id, **patience)
     sys.excepthook = _end
@@ -111,19 +111,15 @@ def _end(kind: type[BaseException], error: BaseException, trace: TracebackType |
     _exit(1)
 
 
-def shutdown(wait: bool = True) -> None:
+def shutdown() -> None:
     """Leaves the process group, at the end of a run, after the last reference to what :func:`wrap` returned was dropped.
 
     Gloo's thread needs the GIL to drop the tensors of its last collective. The group's destructor joins that thread, without
     the GIL if Python drops the last reference to the group, but with it if DDP's reducer does, and then both wait for ever.
-
-    Args:
-        wait: for the other processes; not where they may not come.
     """
     if dist.is_initialized():
         gc.collect()  # DDP is part of cycles
-        if wait:
-            dist.barrier()
+        dist.barrier()
         dist.destroy_process_group()
 
 

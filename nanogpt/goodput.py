@@ -9,6 +9,7 @@ Every second is in one of six classes, so that they add up to the wall time:
 Goodput is the share of training. The account rides on the records of the metrics file, and is continued from there.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ CLASSES = ("startup", "training", "evaluation", "checkpoint", "lost", "down")
 
 
 class Ledger:
-    """The account of one run.
+    """The account of one run; threads may share it.
 
     Args:
         started: when this process was started, on ``clock``.
@@ -29,6 +30,7 @@ class Ledger:
     def __init__(self, started: float, past: list[dict[str, Any]] = (), start: int = 0, clock: Callable[[], float] = time.time):
         self.clock, self.kind, self.since, self.started = clock, "startup", started, started
         self.seconds = dict.fromkeys(CLASSES, 0.0)
+        self._lock = threading.RLock()
         self._longest = dict.fromkeys(CLASSES, 0.0)
         past = [record for record in past if "spent" in record]
         if past:
@@ -43,14 +45,16 @@ class Ledger:
 
     def enter(self, kind: str) -> None:
         """From now on time counts as ``kind``."""
-        now = self.clock()
-        self.seconds[self.kind] += now - self.since
-        self.kind, self.since = kind, now
+        with self._lock:
+            now = self.clock()
+            self.seconds[self.kind] += now - self.since
+            self.kind, self.since = kind, now
 
     def elapsed(self, kind: str) -> float:
         """Seconds of this process so far."""
-        self.enter(self.kind)
-        return self.seconds[kind] - self._before[kind]
+        with self._lock:
+            self.enter(self.kind)
+            return self.seconds[kind] - self._before[kind]
 
     def longest(self, kind: str) -> float:
         """Seconds of the longest :meth:`spend` of this process."""
@@ -68,8 +72,9 @@ class Ledger:
 
     def spent(self) -> dict[str, float]:
         """Seconds by class up to now."""
-        self.enter(self.kind)
-        return {kind: round(seconds, 3) for kind, seconds in self.seconds.items()}
+        with self._lock:
+            self.enter(self.kind)
+            return {kind: round(seconds, 3) for kind, seconds in self.seconds.items()}
 
     def summary(self) -> str:
         spent = self.spent()

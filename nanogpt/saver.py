@@ -41,12 +41,14 @@ class Saver:
 
     Attributes:
         pending: the save under way or, if it has ended, not yet reported; else None.
+        progress: called, from the thread that writes, as a save gets on.
     """
 
     def __init__(self, out_dir: Path, keep: int, background: bool = True):
         self.out_dir, self.keep, self.background = out_dir, keep, background
         self._thread = ThreadPoolExecutor(1, "saver")  # interpreter exit waits for it too
         self.pending: Future[None] | None = None
+        self.progress: Callable[[], None] = lambda: None
         self._host: dict[tuple[str, str], Tensor] = {}
 
     def save(
@@ -96,7 +98,7 @@ class Saver:
         return copies
 
     def _write(self, step: int, model: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any]) -> None:
-        checkpoint.save(self.out_dir, step, model, optim, state)
+        checkpoint.save(self.out_dir, step, model, optim, state, self.progress)
         prune(self.out_dir, self.keep)
 
 

@@ -5,6 +5,7 @@ What is wrong is told when it begins: Xid errors, uncorrected ECC errors, remapp
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from types import ModuleType
 
@@ -30,6 +31,7 @@ THROTTLING = {  # bits of nvmlDeviceGetCurrentClocksEventReasons that are not th
     "HwThermalSlowdown": "heat, by the hardware",
     "HwPowerBrakeSlowdown": "the power supply",
 }
+KEPT = 3600  # readings that wait for read(), which only the main process calls
 AGAIN = 600.0  # seconds after which what lasts, or comes back, is told again
 
 
@@ -53,7 +55,7 @@ class Telemetry:
         interval: float = 1.0,
         warn: Callable[[str], None] = lambda message: None,
     ):
-        self.samples: list[dict[str, float]] = []
+        self.samples: deque[dict[str, float]] = deque(maxlen=KEPT)
         self.device, self.warn = device, warn
         self._lock, self._stop, self._thread = threading.Lock(), threading.Event(), None
         self._counts: dict[str, int] = {}
@@ -163,9 +165,10 @@ class Telemetry:
         self.warn(f"GPU health: {self.device}: {what}")
 
     def read(self) -> dict[str, float]:
-        """The mean of each sensor since the last call; empty where nothing was measured."""
+        """The mean of each sensor since the last call, over an hour at most; empty where nothing was measured."""
         with self._lock:
-            samples, self.samples = self.samples, []
+            samples = list(self.samples)
+            self.samples.clear()
         names = {name for sample in samples for name in sample}
         values = {name: [sample[name] for sample in samples if name in sample] for name in sorted(names)}
         return {name: sum(v) / len(v) for name, v in values.items()}

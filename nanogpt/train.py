@@ -545,8 +545,11 @@ def main(config: TrainConfig, started: float | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not anomaly.out_of_memory(error):
             raise
-        with distributed.abandoning(2):
-            fail(ValueError(anomaly.memory_advice(config, distributed.pick_device(config.device), error)), "train")
+        rank, local_rank, _, local_size = (int(os.environ.get(name, default)) for name, default in distributed.ENVIRONMENT)
+        device = distributed.pick_device(config.device, local_rank, local_size)
+        with distributed.abandoning(2):  # the other ranks do not know
+            print(f"train: rank {rank}: {anomaly.memory_advice(config, device, error)}", file=sys.stderr)
+            return 2
 
     def status(state: str, reason: str) -> None:
         if world.main and not config.eval_only:
@@ -555,6 +558,7 @@ def main(config: TrainConfig, started: float | None = None) -> int:
     # The main process's GPU is the monitor's
     health = None if log else Telemetry(world.device, warn=partial(print, file=sys.stderr, flush=True))
     watchdog = Watchdog(world, config.timeout, partial(status, "failed"))
+    run.saver.progress = watchdog.alive
     state, code = "failed", None
     try:
         state = train(run, log, stop, watchdog)

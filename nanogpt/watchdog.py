@@ -2,7 +2,8 @@
 
 Each process's loop says where it is; a thread beside it passes that on through the process group's store. A thread whose own
 process has made no progress for the time allowed compares all of them: one that has come less far than the others, or whose
-thread is silent as well, is the one that hangs. The others wait for it, typically in a collective, which names nobody.
+thread is silent as well, is the one that hangs. The others wait for it, typically in a collective, which names nobody. Where
+one gets on, as in a long save, which tells of each tensor, the others wait as long as it does.
 """
 
 import faulthandler
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from nanogpt.distributed import World
 
@@ -47,7 +49,7 @@ class Watchdog:
         self.changed = time.monotonic()
 
     def alive(self) -> None:
-        """Progress at the same place."""
+        """Progress at the same place; from any thread."""
         self.changed = time.monotonic()
 
     def close(self) -> None:
@@ -57,7 +59,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._end.wait(self.interval):
-            self._publish()
+            with suppress(RuntimeError):  # the store is gone with its process, which is found out below
+                self._publish()
             stalled = time.monotonic() - self.changed
             if stalled > self.timeout:
                 self._give_up(stalled)
@@ -65,17 +68,20 @@ class Watchdog:
     def _publish(self) -> None:
         self.beats += 1
         if self.store is not None:
-            self.store.set(f"watchdog/{self.world.rank}", f"{self.beats} {self.count} {self.where}")
+            self.store.set(f"watchdog/{self.world.rank}", self._state())
 
-    def _read(self) -> list[tuple[int, int, str]]:
-        """(beats, count, where) of each rank."""
+    def _state(self) -> str:
+        return f"{self.beats} {self.count} {time.monotonic() - self.changed} {self.where}"
+
+    def _read(self) -> list[tuple[int, int, float, str]]:
+        """(beats, count, seconds without progress, where) of each rank; one that has no watchdog yet is silent, at start-up."""
         if self.store is None:
-            return [(self.beats, self.count, self.where)]
-        texts = (text.decode().split(" ", 2) for text in self.store.multi_get(self._keys()))
-        return [(int(beats), int(count), where) for beats, count, where in texts]
-
-    def _keys(self) -> list[str]:
-        return [f"watchdog/{rank}" for rank in range(self.world.size)]
+            states = [self._state()]
+        else:
+            keys = [f"watchdog/{rank}" for rank in range(self.world.size)]  # get() would wait for what is not there
+            states = [self.store.get(key).decode() if self.store.check([key]) else "0 0 inf start-up" for key in keys]
+        fields = (state.split(" ", 3) for state in states)
+        return [(int(beats), int(count), float(stalled), where) for beats, count, stalled, where in fields]
 
     def _give_up(self, stalled: float) -> None:
         try:
@@ -89,9 +95,11 @@ class Watchdog:
             hung, message = [], f"no progress for {stalled:.0f} s at {self.where}; the other processes are gone ({error})"
         else:
             hung = [rank for rank, (b, n) in enumerate(zip(before, now, strict=True)) if b[0] == n[0]]  # silent
-            least = min(count for _, count, _ in now)
-            hung = hung or [rank for rank, (_, count, _) in enumerate(now) if count == least]
-            names = ", ".join(f"rank {rank} (at {now[rank][2]})" for rank in hung[:8])
+            if any(n[2] < self.timeout for rank, n in enumerate(now) if rank not in hung):
+                return  # one gets on, and the others wait for it
+            least = min(count for _, count, _, _ in now)
+            hung = hung or [rank for rank, (_, count, _, _) in enumerate(now) if count == least]
+            names = ", ".join(f"rank {rank} (at {now[rank][3]})" for rank in hung[:8])
             message = f"no progress for {stalled:.0f} s, --timeout={self.timeout:g}; hangs: {names}"
             if len(hung) == self.world.size > 1:
                 message += ": all are at the same place, so the network or the devices do"

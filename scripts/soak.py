@@ -141,6 +141,9 @@ class Soak:
             if code not in (0, -number):
                 raise LostError(f"{out_dir}: exit code {code}\n{self.output(out_dir)}")
             self.judge_start(out_dir, newest)
+            left = checkpoint.find(out_dir).name if newest else "step-0"
+            if int(left[5:]) < newest:
+                raise LostError(f"{out_dir}: {left} is the newest that is left, and step-{newest} was whole")
             status = out_dir / "status.json"
             if code == 0 and json.loads(status.read_text())["state"] == "finished":
                 break
@@ -326,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
                 started = time.monotonic()
                 soak.fuzz()
                 fuzzing += time.monotonic() - started
-    except (LostError, AssertionError) as error:
+    except (LostError, AssertionError, ValueError) as error:  # ValueError: of checkpoint.find, where nothing is left
         lost = str(error)
         print(f"soak: {lost}", file=sys.stderr)
     c = soak.counts if soak else Counter()

@@ -39,7 +39,7 @@ def launch(command, **more):
     return subprocess.Popen(command, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def until(condition, seconds=60.0):
+def until(condition, seconds=180.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -75,7 +75,7 @@ def test_r13_a_signal_to_the_agent_or_a_worker_saves_and_stops_all(data, tmp_pat
         metrics = tmp_path / "metrics.jsonl"
         until(lambda: metrics.exists() and '"iter": 3,' in metrics.read_text())
         os.kill(agent.pid if whom == "agent" else workers(agent)[1], getattr(signal, number))
-        out = agent.communicate(timeout=60)[0]
+        out = agent.communicate(timeout=180)[0]
     assert status(tmp_path)["state"] == "preempted", out
     stopped = status(tmp_path)["iter"]
     assert checkpoint.steps(tmp_path) == [stopped]
@@ -399,6 +399,48 @@ def test_r16_a_stopped_process_and_one_that_waits(how):
             process.communicate()
 
 
+@pytest.mark.parametrize("how", ["no store", "no watchdog"])
+def test_r16_a_store_that_is_gone_and_a_process_that_never_came(how):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    with launch(["-c", WATCHED, 0, store.port, "waits"]) as process:
+        assert process.stdout.readline() == "ready\n"
+        until(lambda: store.get("x/watchdog/0").endswith(b"update 5"))
+        if how == "no store":
+            del store
+        out = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    why = r"at update 5; the other processes are gone \(" if how == "no store" else r"hangs: rank 1 \(at start-up\)\n"
+    assert re.search(rf"rank 0: no progress for \d+ s.* {why}", out), out
+    assert "report no progress" in out
+
+
+SLOW_SAVE = """
+import sys, time
+from nanogpt import checkpoint, config, train
+read, tensors = checkpoint._bytes, 0
+def slow(t):
+    global tensors
+    tensors += 1
+    if tensors <= 40:  # of the first save
+        time.sleep(0.3)
+    return read(t)
+checkpoint._bytes = slow
+sys.exit(train.main(config.load(config.TrainConfig, sys.argv[1:])))
+"""
+
+
+@pytest.mark.parametrize("how", ["in the loop", "waited for"])
+def test_r16_a_long_save_is_no_hang(data, tmp_path, how):  # noqa: F811
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_SAVE)
+    # A save of 12 s; 4 s without progress, and 3 s more in which others may show that they live
+    keys = {"max_iters": 4, "lr_decay_iters": 4, "eval_interval": 2, "timeout": 4, "async_save": how == "waited for"}
+    code, _, err = start([*TORCHRUN, script, *arguments(data, tmp_path / "out", **keys)])
+    assert code == 0, err
+    assert checkpoint.steps(tmp_path / "out") == [2, 4]
+    assert "no progress" not in err
+
+
 def test_r16_progress_keeps_the_watchdog_quiet():
     store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     alone = WATCHED.replace("World(rank, rank, 2", "World(0, 0, 1").replace('"cpu"), store)', '"cpu"))')
@@ -523,9 +565,21 @@ def test_r18_real(data, tmp_path, keys, flags):  # noqa: F811
     command = [sys.executable, "-m", "nanogpt.train", *arguments(data, tmp_path, **keys)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, preexec_fn=limit, timeout=120)
     assert done.returncode == 2, done.stderr
-    pattern = rf"train: (rank 0: )?out of memory on cpu with batch_size={keys.get('batch_size', 4)}, block_size=16: peak .*"
+    pattern = rf"train: rank 0: out of memory on cpu with batch_size={keys.get('batch_size', 4)}, block_size=16: peak .*"
     assert re.search(pattern + re.escape(f"try {flags}, or --"), done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_r18_during_set_up_every_rank_speaks(data, tmp_path, monkeypatch, capsys, rank):  # noqa: F811
+    def full(config):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train, "setup", full)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert run(data, tmp_path) == 2
+    assert capsys.readouterr().err.startswith(f"train: rank {rank}: out of memory on cpu with batch_size=4, block_size=16: ")
 
 
 @pytest.mark.parametrize(
@@ -608,14 +662,14 @@ def test_r20_after_three_kills_the_account_is_the_wall_time(data, tmp_path):  # 
         resume = {"init_from": "resume"} if checkpoint.steps(tmp_path) else {}
         command = ["-m", "nanogpt.train", *arguments(data, tmp_path, **keys | resume)]
         with launch(command, NANOGPT_FAULT="kill@7,kill@18,kill@31") as process:
-            for line in process.stdout:
-                if line.startswith("goodput"):
-                    wall = time.time() - begun
-            exits.append(process.wait(60))
+            process.communicate(timeout=180)
+            exits.append(process.returncode)
         time.sleep(1.0)
     assert exits == [-signal.SIGKILL] * 3 + [0]
-    spent = records(tmp_path, "end")[-1]["spent"]
-    assert sum(spent.values()) == pytest.approx(wall, rel=0.01)
+    first, end = records(tmp_path, "start")[0], records(tmp_path, "end")[-1]
+    started, spent = first["time"] - sum(first["spent"].values()), end["spent"]
+    assert begun < started < first["time"] < end["time"] < time.time()
+    assert sum(spent.values()) == pytest.approx(end["time"] - started, rel=0.01)
     assert spent["down"] > 3.0  # the pauses
     assert spent["lost"] > 0
     steps = [r["ms"] / 1e3 for r in records(tmp_path, "train")]
@@ -648,6 +702,29 @@ def test_r20_ledger():
     assert again.summary() == (
         "goodput: 26.9% of 26 s; startup 19.2%, evaluation 0.0%, checkpoint 3.8%, lost 15.4%, down 34.6%"
     )
+
+
+def test_r20_two_threads_count_no_second_twice():
+    now = types.SimpleNamespace(t=0.0)
+    ledger = goodput.Ledger(0.0, clock=lambda: now.t)
+    other = threading.Thread(target=lambda: ledger.enter("evaluation"))
+
+    class Seconds(dict):
+        """Lets the other thread in while the account is half done."""
+
+        def __setitem__(self, kind, seconds):
+            super().__setitem__(kind, seconds)
+            if other.ident is None:
+                now.t = 12.0
+                other.start()
+                other.join(0.5)
+
+    ledger.seconds = Seconds(ledger.seconds)
+    now.t = 10.0
+    ledger.enter("training")
+    other.join()
+    now.t = 20.0
+    assert ledger.spent() == {"startup": 10, "training": 2, "evaluation": 8, "checkpoint": 0, "lost": 0, "down": 0}
 
 
 def test_r20_odd_lines_are_named_and_dropped(data, tmp_path, caplog):  # noqa: F811
@@ -702,13 +779,13 @@ def test_max_tokens(data, tmp_path, capsys):  # noqa: F811
     assert status(tmp_path)["iter"] == 12
 
 
-def test_max_hours(data, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(guard, "MARGIN", 2.0)
-    keys = {"max_iters": 10**6, "eval_interval": 10**6, "log_interval": 100, "max_hours": 5 / 3600}
+def test_max_hours(data, tmp_path):  # noqa: F811
+    # Ready MARGIN seconds early, which a loaded machine may use up
+    keys = {"max_iters": 10**6, "eval_interval": 10**6, "log_interval": 100, "max_hours": (guard.MARGIN + 5) / 3600}
     begun = time.monotonic()
     assert run(data, tmp_path, **keys) == 0
     took = time.monotonic() - begun
-    assert 2.0 < took < 5.0
+    assert 3.0 < took < 15.0
     stopped = status(tmp_path)["iter"]
     assert (status(tmp_path)["state"], status(tmp_path)["reason"]) == ("preempted", "--max_hours is nearly over")
     assert checkpoint.steps(tmp_path) == [stopped]

@@ -133,6 +133,18 @@ def test_telemetry_averages_the_sensors_there_are(monkeypatch):
     assert not telemetry._thread.is_alive()
 
 
+def test_telemetry_that_nobody_reads_does_not_grow(monkeypatch):
+    monkeypatch.setattr("nanogpt.telemetry.KEPT", 5)
+    nvml = FakeNvml()
+    nvml.power = iter(range(0, 20_000, 1000))
+    telemetry = Telemetry(fake_gpu(monkeypatch), nvml, interval=0.001)
+    assert nvml.read_twice.wait(10)
+    telemetry.close()
+    assert len(telemetry.samples) == 5
+    assert telemetry.read()["gpu_util"] == 97
+    assert telemetry.read() == {}
+
+
 @pytest.mark.parametrize("why", ["no driver", "no package", "no GPU"])
 def test_telemetry_missing_is_said_and_harmless(monkeypatch, why):
     device = torch.device("cpu") if why == "no GPU" else fake_gpu(monkeypatch)
