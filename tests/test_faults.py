@@ -407,7 +407,10 @@ def test_r16_a_store_that_is_gone_and_a_process_that_never_came(how):
         until(lambda: store.get("x/watchdog/0").endswith(b"update 5"))
         if how == "no store":
             del store
-        out = process.communicate(timeout=60)[0]
+        try:
+            out = process.communicate(timeout=60)[0]
+        finally:
+            process.kill()
     assert process.returncode == 1
     why = r"at update 5; the other processes are gone \(" if how == "no store" else r"hangs: rank 1 \(at start-up\)\n"
     assert re.search(rf"rank 0: no progress for \d+ s.* {why}", out), out
