@@ -323,9 +323,9 @@ def save(run: Run, status: str) -> bool:
 
 def unsound(run: Run, status: str = "running") -> str:
     """Why the state of the run is not one to go back to; empty if it is. The same on all ranks."""
-    # A skipped update left the weights as they were. An evaluation of them shows whether they are the reason; a run that is
-    # asked to stop has no time for one, and the checkpoint before stays
-    if run.guard.unsound and status != "preempted" and not (run.evaluated == run.it and run.finite):
+    # There is a later chance, but at a run's end: the skipped update left the weights as they were, the evaluation shows
+    # whether they are the reason, and one that is asked to stop has no time for it, but keeps the checkpoint before
+    if run.guard.unsound and status == "running":
         return "it was not finite"
     if run.evaluated == run.it and not run.finite:
         return "the evaluation is not finite"
