@@ -13,6 +13,7 @@ import torch
 from nanogpt.distributed import StopRequest
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+THREADS = torch.get_num_threads()
 HAS_GPU = torch.cuda.is_available() and not INTERPRET
 
 
@@ -27,7 +28,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _defaults():
     torch.manual_seed(1337)
-    torch.set_float32_matmul_precision("highest")  # a trainer in an earlier test of this process may have changed it
+    # A trainer in an earlier test of this process may have changed these; PyTorch's own sums depend on the number of threads.
+    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
