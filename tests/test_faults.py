@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from nanogpt import anomaly, checkpoint, distributed, faults, goodput, guard, train
+from nanogpt import anomaly, checkpoint, distributed, faults, goodput, guard, resume, train
 from nanogpt.config import TrainConfig, load
 from nanogpt.guard import NOT_FINITE, OVERFLOW, SPIKE, UPDATED, DivergenceError, Guard, Step
 from nanogpt.optim import AdamW, LossScale
@@ -290,13 +290,13 @@ def test_r15_never_ends_where_not_asked(data, tmp_path, monkeypatch):  # noqa: F
 def test_r15_no_checkpoint_of_weights_that_are_not_finite(data, tmp_path, caplog):  # noqa: F811
     found = train.setup(load(TrainConfig, arguments(data, tmp_path)))
     found.loader.close()
-    assert train.unsound(found) == ""
+    assert resume.unsound(found) == ""
     p = found.model.transformer.h[1].mlp.c_fc.weight
     found.optimizer.state[p]["exp_avg"][3, 2] = math.inf
-    assert train.unsound(found) == "rank 0: transformer.h.1.mlp.c_fc.weight or its moments are not finite"
+    assert resume.unsound(found) == "rank 0: transformer.h.1.mlp.c_fc.weight or its moments are not finite"
     found.optimizer.state[p]["exp_avg"][3, 2] = 0.0
     found.evaluated, found.finite = 0, False
-    assert train.unsound(found) == "the evaluation is not finite"
+    assert resume.unsound(found) == "the evaluation is not finite"
     found.lock.release()
 
 
