@@ -17,6 +17,11 @@ THREADS = torch.get_num_threads()
 HAS_GPU = torch.cuda.is_available() and not INTERPRET
 
 
+# A shell starts what it puts in the background without Ctrl-C, and so would the processes be that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:

@@ -471,8 +471,11 @@ class TestClients:
         gate = threading.Semaphore(0)
         model = Parrot("abc", gate)
         with serving(model, Bytes(), max_queue=2) as client:
-            first, second, third = (start_streaming(client) for _ in range(3))
-            wait_until(lambda: len(client.server.worker.jobs) == 3)
+            clients = []
+            for n in (1, 2, 3):  # one after the other, so that they are served in this order
+                clients.append(start_streaming(client))
+                wait_until(lambda n=n: len(client.server.worker.jobs) == n)
+            first, second, third = clients
             status, headers, text = client.ask(
                 "POST", "/v1/completions", json.dumps({"prompt": "a"}), {"Content-Type": "application/json"}
             )
