@@ -165,7 +165,10 @@ class Soak:
         if process.exitcode is not None:
             return 0
         number = self.random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
-        os.kill(process.pid, number)
+        try:
+            os.kill(process.pid, number)
+        except ProcessLookupError:  # it has just ended: the fork server, whose child it is, hears of that first
+            return 0
         return number
 
     def judge_start(self, out_dir: Path, newest: int) -> None:
