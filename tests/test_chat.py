@@ -10,12 +10,13 @@ import time
 import pytest
 import torch
 
-from nanogpt import chat, checkpoint, sample, tokenizer
+from nanogpt import chat, sample
 from nanogpt.chat import Chat
 from nanogpt.config import GPTConfig
 from nanogpt.generate import generate
 from nanogpt.model import GPT
 from nanogpt.tokenizer import CharTokenizer
+from tests.stand_ins import Bytes, character_model, save_run
 
 pty = pytest.importorskip("pty", reason="needs a pseudo-terminal")
 
@@ -25,20 +26,12 @@ CHARACTERS = "\n abcdé/"
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(7)
-    made = GPT(GPTConfig(block_size=16, vocab_size=len(CHARACTERS), n_layer=2, n_head=2, n_embd=32), torch.float32)
-    for p in made.parameters():  # far from uniform, so that the choice of a token is no tie
-        p.data.mul_(4)
-    return made.eval()
+    return character_model(CHARACTERS)
 
 
 @pytest.fixture(scope="module")
 def run_dir(model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "out"
-    state = {"step": 3, "model": vars(model.config), "config": {"dataset": "nowhere"}, "val_loss": 1.0}
-    checkpoint.save(out, 3, checkpoint.model_tensors(model), {}, state)
-    tokenizer.save(CharTokenizer(CHARACTERS), out)
-    return out
+    return save_run(model, CHARACTERS, tmp_path_factory.mktemp("run") / "out")
 
 
 def make(model, opening="\n", max_new_tokens=5, stop=(), sampling=GREEDY, encoder=None):
@@ -151,18 +144,6 @@ def test_interrupt_while_a_pipe_is_read_ends(model, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         chat.talk(make(model))
     assert stopped.value.code == 130
-
-
-class Bytes:
-    """A token is a byte; 0 ends the text."""
-
-    vocab_size, eot = 256, 0
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode_bytes(self, ids):
-        return bytes(ids)
 
 
 class Parrot(GPT):

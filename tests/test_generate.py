@@ -13,6 +13,7 @@ from nanogpt.generate import Text, choose, generate, stream
 from nanogpt.model import GPT
 from nanogpt.tokenizer import CharTokenizer
 from tests.helpers import DEVICE
+from tests.stand_ins import Bytes
 
 V = 11
 
@@ -221,15 +222,6 @@ def test_tokenizer_is_found_with_the_data(tmp_path):
     assert pretrained.find_tokenizer(weights(str(tmp_path))).characters == "xy"
     with pytest.raises(ValueError, match=r"no tokenizer\.json beside it, and dataset=gone"):
         pretrained.find_tokenizer(weights("gone"))
-
-
-class Bytes:
-    """A token is a byte."""
-
-    vocab_size = 256
-
-    def decode_bytes(self, ids):
-        return bytes(ids)
 
 
 class Pieces:

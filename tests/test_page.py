@@ -18,7 +18,8 @@ pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 
 from nanogpt.serve import api, completions
 from nanogpt.serve.completions import Request
-from tests.test_serve import Bytes, Parrot, serving, wait_until
+from tests.stand_ins import Bytes
+from tests.test_serve import Parrot, serving, wait_until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)

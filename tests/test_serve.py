@@ -26,32 +26,25 @@ import torch
 pytest.importorskip("starlette", reason="needs the extra [serve]")
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 
-from nanogpt import checkpoint, sample, tokenizer
+from nanogpt import sample, tokenizer
 from nanogpt.config import GPTConfig
 from nanogpt.model import GPT
 from nanogpt.serve import ServeConfig, __main__, api, guard
 from nanogpt.serve.completions import ApiError, Request
 from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
+from tests.stand_ins import Bytes, character_model, save_run
 
 CHARACTERS = "\n abcdé𝄞"
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(7)
-    made = GPT(GPTConfig(block_size=16, vocab_size=len(CHARACTERS), n_layer=2, n_head=2, n_embd=32), torch.float32)
-    for p in made.parameters():  # far from uniform, so that the choice of a token is no tie
-        p.data.mul_(4)
-    return made.eval()
+    return character_model(CHARACTERS)
 
 
 @pytest.fixture(scope="module")
 def run_dir(model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "out-tiny"
-    state = {"step": 3, "model": vars(model.config), "config": {"dataset": "nowhere"}, "val_loss": 1.0}
-    checkpoint.save(out, 3, checkpoint.model_tensors(model), {}, state)
-    tokenizer.save(CharTokenizer(CHARACTERS), out)
-    return out
+    return save_run(model, CHARACTERS, tmp_path_factory.mktemp("run") / "out-tiny")
 
 
 class Client:
@@ -139,21 +132,6 @@ def client(model):
 def samples(run_dir, capsys, *argv):
     sample.main([f"--out_dir={run_dir}", "--device=cpu", *argv])
     return capsys.readouterr().out.split(f"\n{sample.RULE}\n")[:-1]
-
-
-class Bytes:
-    """A token is a byte; 0 ends the text."""
-
-    vocab_size, eot = 256, 0
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, ids):
-        return bytes(ids).decode(errors="replace")
-
-    def decode_bytes(self, ids):
-        return bytes(ids)
 
 
 class Parrot(GPT):
