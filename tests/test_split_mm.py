@@ -76,6 +76,15 @@ def test_bias_and_sum():
     once = mm(a, b)
     twice = mm(a, b, out=once.clone(), add=True)
     assert_product(twice - once, a, b)
+    both = once.clone()
+    torch.ops.nanogpt.split_mm_(both, a, b, bias, True)
+    assert_product(both - once, a, b, bias.double())
+
+
+def test_factors_are_rounded_to_nearest():
+    """Cut off instead, these would leave 2^-14 of each product out, and always the same way."""
+    a = torch.full((32, 64), 1 + 2.0**-7 - 2.0**-23)
+    assert_product(mm(a, a.t()), a, a.t())
 
 
 def test_expanded_bias():
