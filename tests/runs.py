@@ -35,6 +35,7 @@ def arguments(data, out_dir, **keys):
 
 def run(data, out_dir, **keys):
     """A run in this process."""
+    torch.set_num_threads(1)  # as in start(): PyTorch's own sums, unlike those of csrc/, depend on it
     return train.main(load(TrainConfig, arguments(data, out_dir, **keys)))
 
 
