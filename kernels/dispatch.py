@@ -52,7 +52,6 @@ def use(backend: str) -> None:
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"kernels={backend}: expected one of auto, {', '.join(BACKENDS)}")
     _requested = backend
-    _resolve.cache_clear()
     _fallbacks.clear()
 
 
@@ -63,14 +62,14 @@ def requested() -> str:
 @torch.compiler.assume_constant_result
 def choose(op: str, device_type: str) -> str:
     """The backend that ``op`` takes for tensors on a device of this type (``"cpu"``, ``"cuda"``, ``"mps"``)."""
-    return _resolve(op, device_type)[0]
+    return _resolve(op, device_type, _requested)[0]
 
 
 def explain(device_type: str) -> dict[str, tuple[str, str]]:
     """For every op: its backend on this device and why, for the start-up banner; and what has run on another one so far."""
     chosen = {}
     for op in PREFERENCE:
-        backend, reason = _resolve(op, device_type)
+        backend, reason = _resolve(op, device_type, _requested)
         limit = [LIMITS[op, backend]] if (op, backend) in LIMITS else []
         chosen[op] = backend, "; ".join([reason, *limit, *_fallbacks.get(op, [])])
     return chosen
@@ -95,17 +94,17 @@ def fell_back(op: str, backend: str, other: str, reason: str) -> None:
 
 
 @functools.cache
-def _resolve(op: str, device_type: str) -> tuple[str, str]:
+def _resolve(op: str, device_type: str, requested: str) -> tuple[str, str]:
     order = PREFERENCE[op]
     note = ""
-    if _requested != "auto":
-        if _requested not in order:
-            note = f"{op} has no {_requested} backend; "
+    if requested != "auto":
+        if requested not in order:
+            note = f"{op} has no {requested} backend; "
         else:
-            missing = _unavailable(op, _requested, device_type)
+            missing = _unavailable(op, requested, device_type)
             if missing:
-                raise ValueError(f"kernels={_requested}: {op} on {device_type}: {missing}")
-            return _requested, "asked for"
+                raise ValueError(f"kernels={requested}: {op} on {device_type}: {missing}")
+            return requested, "asked for"
     reasons = []
     for backend in order:
         missing = _unavailable(op, backend, device_type)

@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 
+from kernels import dispatch
 from nanogpt.distributed import StopRequest
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,6 +37,7 @@ def _defaults():
     # A trainer in an earlier test of this process may have changed these; PyTorch's own sums depend on the number of threads.
     torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(THREADS)
+    dispatch._resolve.cache_clear()  # an earlier test may have said of a backend that it is there, or is not
 
 
 @pytest.fixture(autouse=True)

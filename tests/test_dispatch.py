@@ -36,10 +36,20 @@ def test_a_backend_that_cannot_run_is_an_error_not_a_fallback():
 
 
 def test_an_op_without_the_backend_asked_for_says_so():
-    dispatch.use("triton")
-    backend, reason = dispatch._resolve("adamw", "cpu")
+    backend, reason = dispatch._resolve("adamw", "cpu", "triton")
     assert backend != "triton"
     assert reason.startswith("adamw has no triton backend")
+
+
+def test_what_runs_is_found_out_once_for_each_request(monkeypatch):
+    """A benchmark switches at every call: that costs no search."""
+    asked = []
+    unavailable = dispatch._unavailable
+    monkeypatch.setattr(dispatch, "_unavailable", lambda *call: asked.append(call) or unavailable(*call))
+    for backend in ("auto", "torch") * 3:
+        dispatch.use(backend)
+        dispatch.choose("layer_norm", "cpu")
+    assert len(asked) == len(set(asked))
 
 
 def test_a_compiled_backend_that_loads_can_be_asked_for(monkeypatch):
