@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 
@@ -82,6 +83,7 @@ class BaselineGPT(nn.Module):
     def __init__(self, n_layer, n_head, n_embd, block_size, vocab_size, bias=False, *, attention, dtype, low_residual=False):
         super().__init__()
         self.dtype, self.low_residual = dtype, low_residual
+        self.recompute = False  # blocks keep their input alone, and are computed again in backward
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(vocab_size, n_embd),
@@ -107,7 +109,7 @@ class BaselineGPT(nn.Module):
             if self.low_residual:
                 x = x.to(self.dtype)
             for block in self.transformer.h:
-                x = block(x)
+                x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
             logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
             return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1)
 

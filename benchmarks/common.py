@@ -42,7 +42,8 @@ BANDWIDTH = {
     "RTX 3090": 0.936e12,
 }
 
-_MEASURED = ("ms", "p20", "p80", "n", "tflops", "gbps", "percent", "tokens_per_s", "mfu", "mfu_causal", "peak_mib", "error")
+_MEASURED = ("ms", "p20", "p80", "n", "tflops", "gbps", "percent", "tokens_per_s", "mfu", "mfu_causal", "peak_mib")
+_MEASURED += ("error", "loss")
 _ORIGIN = ("device", "driver", "sm_mhz", "load", "torch", "triton", "commit", "date", "command")
 COLUMNS = ("op", "case", "provider", "pass", "dtype", "status", *_MEASURED, *_ORIGIN)
 

@@ -40,7 +40,7 @@ import torch.nn as nn
 from baseline import BaselineGPT, adamw
 from torch import Tensor
 
-from kernels import cpu
+from kernels import cpu, dispatch
 from kernels.linear import split_products
 
 STARTED = float(os.environ.get("TRAIN_STEP_STARTED", "0"))  # by the parent process, before it started this one
@@ -62,7 +62,7 @@ SIZES = {
     "124M": Size(12, 12, 768, 1024, 64),
     "350M": Size(24, 16, 1024, 1024, 32),
     "774M": Size(36, 20, 1280, 1024, 16),
-    "1558M": Size(48, 25, 1600, 1024, 8),
+    "1558M": Size(48, 25, 1600, 1024, 16),  # 70 of 85 GB by benchmarks/memory.py; 24 need --recompute
 }
 
 
@@ -74,9 +74,11 @@ class Trainer(NamedTuple):
     forward: Callable[[Tensor, Tensor], Tensor]
     update: Callable[[], object]  # clips, steps, clears the gradients
     precision: str = "highest"  # of fp32 products
+    kernels: str = "auto"
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        torch.set_float32_matmul_precision(self.precision)  # for backward too
+        torch.set_float32_matmul_precision(self.precision)  # for backward and update too, as the kernels
+        dispatch.use(self.kernels)
         return self.forward(idx, targets)
 
     def step(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -121,8 +123,7 @@ def ours(
     optimizer = AdamW(model.decay_groups(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
     run = torch.compile(model) if compiled else model
-    forward = common.backend(kernels, lambda idx, targets: run(idx, targets)[1])
-    return Trainer(model, forward, common.backend(kernels, lambda: optimizer.step(max_norm=1.0)), precision)
+    return Trainer(model, lambda *batch: run(*batch)[1], lambda: optimizer.step(max_norm=1.0), precision, kernels)
 
 
 def _splits() -> bool:
@@ -162,6 +163,8 @@ def providers(size: Size, dtype: torch.dtype, device: str) -> dict[str, Callable
 class Reference:
     """The first step in fp32 (fp64 for fp32): loss, gradients, and PyTorch's own error at the compute dtype, 16-bit residual.
 
+    Gradients are kept on the host: the GPU's memory is the providers'.
+
     Args:
         state: the weights everyone starts from.
     """
@@ -179,6 +182,7 @@ class Reference:
         with torch.device(device):
             model = BaselineGPT(*size[:4], size.vocab_size, attention="default", dtype=dtype, low_residual=True)
         model.to(torch.promote_types(dtype, torch.float32)).load_state_dict(state)
+        model.recompute = True  # the same values in less memory
         rows = max(1, min(len(idx), 8192 // idx.shape[1]))  # so that fp32 logits stay small
         total = 0.0
         for i in range(0, len(idx), rows):
@@ -186,7 +190,7 @@ class Reference:
             loss = model(idx[part], targets[part]) * ((part.stop - part.start) / len(idx))
             loss.backward()
             total += loss.item()
-        return total, {name: p.grad for name, p in model.named_parameters()}
+        return total, {name: p.grad.cpu() for name, p in model.named_parameters()}
 
     def verdict(self, loss: float, model: nn.Module, precision: str, factor: float = 3.0) -> tuple[str, float]:
         """("ok" or what is wrong, largest ratio of an error to PyTorch's own)."""
@@ -194,7 +198,7 @@ class Reference:
             return f"wrong: loss {loss:.6f}, fp32 {self.loss:.6f}", float("nan")
         worst = 0.0
         for name, p in model.named_parameters():
-            exact = self.grads[name]
+            exact = self.grads[name].to(p.grad.device)
             error, size = (p.grad.to(exact.dtype) - exact).norm().item(), exact.norm().item()
             torch_error = max(self.allowed[name], 1e-7 * size)
             allowed = max(factor * torch_error, 0.0 if precision == "highest" else 2.0**-14 * size)
@@ -235,7 +239,7 @@ class Benchmark:
         args = bench.args
         self.bench, self.size = bench, SIZES[size_name]
         self.B, self.T = batch or self.size.batch, min(args.length or self.size.block_size, self.size.block_size)
-        self.case = f"{size_name}-B{self.B}-T{self.T}"
+        self.case = f"{size_name}-B{self.B}-T{self.T}" + ("-recompute" if args.recompute else "")
         self.size_name = size_name
         generator = torch.Generator().manual_seed(1337)
         tokens = torch.randint(self.size.vocab_size, (self.B, self.T + 1), generator=generator).to(bench.device)
@@ -248,7 +252,7 @@ class Benchmark:
         }
         with torch.device(bench.device):
             model = BaselineGPT(*c[:4], c.vocab_size, attention="default", dtype=bench.dtype)
-        self.state = {name: p.detach().clone() for name, p in model.state_dict().items()}
+        self.state = {name: p.detach().to("cpu", copy=True) for name, p in model.state_dict().items()}
         self.trainers: dict[str, Trainer] = {}
         self.peaks: dict[str, float | str] = {}
         self.errors: dict[str, float] = {}
@@ -268,6 +272,7 @@ class Benchmark:
         started = time.perf_counter()
         trainer = make()
         trainer.model.load_state_dict(self.state)
+        trainer.model.recompute = bench.args.recompute
         loss = trainer.loss(*self.batch)
         loss.backward()
         status, self.errors[name] = reference.verdict(loss.item(), trainer.model, trainer.precision)
@@ -323,9 +328,13 @@ class Benchmark:
     def run(self) -> None:
         args, bench, started = self.bench.args, self.bench, time.perf_counter()
         rounds, steps = (1, 2) if args.tiny else (3, max(2, args.steps // 3))
-        reference = Reference(self.size, bench.dtype, bench.device, self.state, *self.batch)
         makers = bench.wanted(providers(self.size, bench.dtype, bench.device))
         makers = {name: make for name, make in makers.items() if args.providers or name not in BY_NAME}
+        if args.startup:
+            for name in makers:
+                startup(bench, self.case, name, self.size_name, self.B)
+            return
+        reference = Reference(self.size, bench.dtype, bench.device, self.state, *self.batch)
         states = 20 * sum(p.numel() for p in self.state.values())  # weights, gradient, moments, shadow: 20 bytes each, at most
         memory = torch.cuda.get_device_properties(bench.device).total_memory if bench.gpu else float("inf")
         together = states * len(makers) < 0.3 * memory and not args.one_by_one
@@ -344,9 +353,6 @@ class Benchmark:
         self.finish(rounds, steps)
         self.trainers.clear()
         free(bench)
-        if args.startup:
-            for name in makers:
-                startup(bench, self.case, name, self.size_name, self.B)
 
     def finish(self, rounds: int, steps: int) -> None:
         self.timed(rounds, steps)
@@ -395,7 +401,8 @@ def main(argv: list[str] | None = None) -> common.Bench | int:
     parser.add_argument("--steps", type=int, help="timed steps a provider; default 30, quick 12")
     parser.add_argument("--breakdown", action="store_true", help="device time by component")
     parser.add_argument("--profile", action="store_true", help="--breakdown, and keep the traces beside the rows")
-    parser.add_argument("--startup", action="store_true", help="also time from process start to the end of the first step")
+    parser.add_argument("--startup", action="store_true", help="instead, time from process start to the end of the first step")
+    parser.add_argument("--recompute", action="store_true", help="blocks keep their inputs alone, in every provider")
     parser.add_argument("--seconds", type=float, help="after these, no further provider is compiled and checked")
     parser.add_argument("--one-by-one", action="store_true", help="one provider in memory at a time, so no turns")
     parser.add_argument("--first-step", help="internal: one step of this provider in this process")
@@ -407,10 +414,12 @@ def main(argv: list[str] | None = None) -> common.Bench | int:
     if not bench.gpu:
         cpu.keep_memory()  # as the trainer does; PyTorch gains from it too
     torch.backends.cuda.matmul.allow_tf32 = False  # the fp32 reference means fp32
+    before = dispatch.requested()
     sizes = args.size or (["tiny"] if args.tiny else ["124M"] if bench.gpu else ["shakespeare_cpu"])
     for size in sizes:
         for batch in args.batch or [None]:
             Benchmark(bench, size, batch).run()
+    dispatch.use(before)
     bench.finish()
     return bench
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]  # scripts, not packages
 
+import baseline  # noqa: E402
 import breakdown  # noqa: E402
 import common  # noqa: E402
 import report  # noqa: E402
@@ -147,6 +148,30 @@ def test_wrong_step_is_not_timed(fault, tmp_path, monkeypatch):
     assert found["bad"]["status"].startswith(expected[fault])
     assert "ms" not in found["bad"]
     assert found["eager"]["ms"]
+
+
+def test_recompute(tmp_path, monkeypatch):
+    """In every provider blocks run again in backward, on the kernels that forward took; the results pass the same gate."""
+    from nanogpt import model
+
+    calls = []
+    for module in (model, baseline):
+        forward = module.Block.forward
+        monkeypatch.setattr(module.Block, "forward", lambda *a, f=forward, m=module: (calls.append(m), f(*a))[1])
+    counts = []
+    for case, more in (("tiny-B2-T32", []), ("tiny-B2-T32-recompute", ["--recompute"])):
+        bench = run("train_step", tmp_path, "--providers", "eager,ours,ours-torch", *more)
+        assert [(r["case"], r["status"]) for r in bench.rows] == [(case, "ok")] * 6
+        counts.append([calls.count(model), calls.count(baseline)])
+        calls.clear()
+    assert counts[1][0] == 2 * counts[0][0]
+    assert counts[1][1] > counts[0][1]  # less than twice: the reference recomputes anyway
+
+
+def test_startup(tmp_path):
+    bench = run("train_step", tmp_path, "--providers", "ours", "--startup")
+    assert [(r["pass"], r["status"]) for r in bench.rows] == [("start cold", "ok"), ("start warm", "ok")]
+    assert all(float(r["ms"]) > 500 for r in bench.rows)  # Python and torch are part of it
 
 
 def test_calls_are_interleaved():
