@@ -28,10 +28,12 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import aot, attention_hopper, configs, cpu, decode, dispatch
 from kernels.dropout import check_dropout, draw_seed
-from kernels.triton_compat import TensorDescriptor, tl, triton
+from kernels.library import custom_op
+from kernels.triton_compat import TensorDescriptor, cdiv, next_power_of_2, tl, triton
 
 decode_attention = decode.decode_attention  # the other half of the op's interface, from a file of its own
 
@@ -224,7 +226,7 @@ MAX_HEAD_SIZE = 128
 
 
 def _block_d(D: int) -> int:
-    return max(16, triton.next_power_of_2(D))
+    return max(16, next_power_of_2(D))
 
 
 def _bucket(D: int, dtype: torch.dtype, dropout_p: float) -> str:
@@ -263,7 +265,7 @@ def _launch(op: str, n_head: int, dropout_p: float, scale: float, qkv: Tensor, *
     B, T, C3 = qkv.shape
 
     def launch(config):
-        tiles = triton.cdiv(T, config["BLOCK_N" if op == "attention_dkdv" else "BLOCK_M"])
+        tiles = cdiv(T, config["BLOCK_N" if op == "attention_dkdv" else "BLOCK_M"])
         arguments = _arguments(kernel, config, n_head, dropout_p, scale, qkv, **tensors)
         options = {name: value for name, value in config.items() if name not in kernel.arg_names}
         kernel[(B * n_head * tiles,)](**arguments, **options)
@@ -281,12 +283,12 @@ def _readable(qkv: Tensor) -> Tensor:
 def _empty_stats(qkv: Tensor, H: int) -> Tensor:
     """Room for lse or delta, (B, H, T) with T padded; the padding is zero."""
     B, T, _ = qkv.shape
-    padded = triton.cdiv(T, STATS_ROWS.value) * STATS_ROWS.value
+    padded = cdiv(T, STATS_ROWS.value) * STATS_ROWS.value
     make = qkv.new_empty if padded == T else qkv.new_zeros
     return make(B, H, padded, dtype=torch.float32)
 
 
-@torch.library.custom_op("nanogpt::attention_fwd", mutates_args=())
+@custom_op("attention_fwd")
 def attention_fwd(qkv: Tensor, seed: Tensor | None, n_head: int, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
     B, T, C3 = qkv.shape
     qkv = _readable(qkv)
@@ -300,13 +302,13 @@ def attention_fwd(qkv: Tensor, seed: Tensor | None, n_head: int, dropout_p: floa
     return out, lse
 
 
-@attention_fwd.register_fake
+@torch.library.register_fake(attention_fwd)
 def _(qkv, seed, n_head, dropout_p, scale):
     B, T, C3 = qkv.shape
     return qkv.new_empty(B, T, C3 // 3), _empty_stats(qkv, n_head)
 
 
-@torch.library.custom_op("nanogpt::attention_bwd", mutates_args=())
+@custom_op("attention_bwd")
 def attention_bwd(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, seed: Tensor | None, n_head: int, dropout_p: float, scale: float
 ) -> Tensor:
@@ -324,22 +326,23 @@ def attention_bwd(
     return dqkv
 
 
-@attention_bwd.register_fake
+@torch.library.register_fake(attention_bwd)
 def _(dout, qkv, out, lse, seed, n_head, dropout_p, scale):
     return qkv.new_empty(qkv.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    qkv, seed, *ctx.rest = inputs
-    ctx.save_for_backward(qkv, *output, seed)
-    ctx.set_materialize_grads(False)  # lse is no result: no zeros for its gradient
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, seed, *rest):
+        out, lse = attention_fwd(qkv, seed, *rest)
+        ctx.save_for_backward(qkv, out, lse, seed)
+        ctx.rest = rest
+        return out
 
-
-def _backward(ctx, dout, dlse):
-    return attention_bwd(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None
-
-
-attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return attention_bwd(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
 def causal_attention_ref(qkv: Tensor, n_head: int, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
@@ -382,7 +385,7 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0, scale: fl
             f"head size {D}, {qkv.dtype}: the Triton attention takes head sizes up to {MAX_HEAD_SIZE} in fp32, fp16 or bf16; "
             "others need the torch backend"
         )
-    return attention_fwd(qkv, draw_seed(qkv.device, dropout_p), n_head, dropout_p, scale)[0]
+    return _Attention.apply(qkv, draw_seed(qkv.device, dropout_p), n_head, dropout_p, scale)
 
 
 # BLOCK_M, BLOCK_N, num_warps, num_stages and, where one more program per SM is worth a tight fit, registers per thread.

@@ -40,9 +40,12 @@ def _table() -> dict:
 
 def arch() -> int:
     """80, 86, 89, 90: the newest entry of the table that the current GPU can run (sm_80 under the interpreter)."""
-    if dispatch.interpreting():
-        return 80
-    major, minor = torch.cuda.get_device_capability()
+    return 80 if dispatch.interpreting() else _arch(torch.cuda.current_device())
+
+
+@functools.cache
+def _arch(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return max(a for a in ARCHS if a <= major * 10 + minor)
 
 

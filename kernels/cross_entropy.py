@@ -20,10 +20,12 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import configs, dispatch
+from kernels.library import custom_op
 from kernels.linear import mm, shadow
-from kernels.triton_compat import tl, triton
+from kernels.triton_compat import next_power_of_2, tl, triton
 
 # Rows of logits alive at a time. On an H100 the three GEMMs of 16,384 rows (1.6 GB of 16-bit logits at V = 50,304) run at 632,
 # 816 and 763 TFLOP/s, those of 8,192 at 609, 733 and 749. On a CPU: 200 MB of fp32 logits.
@@ -127,7 +129,7 @@ def _rows_triton(logits: Tensor, targets: Tensor, losses: Tensor, ignore_index: 
     M, V = logits.shape
 
     def launch(config, logits=logits):
-        config["BLOCK_V"] = min(config["BLOCK_V"], triton.next_power_of_2(V))
+        config["BLOCK_V"] = min(config["BLOCK_V"], next_power_of_2(V))
         args = (logits, targets, losses, logits.stride(0), V, vocab_size, ignore_index)
         _cross_entropy_kernel[(M,)](*args, WRITE_GRAD=write_grad, **config)
 
@@ -158,11 +160,10 @@ def _add_mm(dw: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
         mm(a.float(), b.float(), out=dw, add=beta > 0)
 
 
-@torch.library.custom_op("nanogpt::linear_cross_entropy_fwd", mutates_args=())
+@custom_op("linear_cross_entropy_fwd")
 def _linear_cross_entropy_fwd(
     x: Tensor,
-    weight: Tensor,  # the parameter, for autograd alone
-    shadow: Tensor,
+    weight: Tensor,
     targets: Tensor,
     ignore_index: int,
     vocab_size: int,
@@ -172,7 +173,7 @@ def _linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, n_valid, dx (M, C) and dw (V, C) of the sum of losses; gradients that are not needed are empty."""
     M, C = x.shape
-    V = shadow.shape[0]
+    V = weight.shape[0]
     x, targets = x.contiguous(), targets.contiguous()
     losses = torch.empty(M, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
@@ -184,41 +185,41 @@ def _linear_cross_entropy_fwd(
         rows = slice(start, min(start + chunk_rows, M))
         padded = buffer[: rows.stop - start]
         logits = padded[:, :V]
-        mm(x[rows], shadow.t(), out=logits)
+        mm(x[rows], weight.t(), out=logits)
         _rows(padded, targets[rows], losses[rows], ignore_index, vocab_size, need_dx or need_dw)
         if need_dx:
-            mm(logits, shadow, out=dx[rows])
+            mm(logits, weight, out=dx[rows])
         if need_dw:
             _add_mm(dw, logits.t(), x[rows], beta=int(start > 0))
     n_valid = (targets != ignore_index).sum()
     return losses.sum() / n_valid.clamp(min=1), n_valid, dx, dw
 
 
-@_linear_cross_entropy_fwd.register_fake
-def _(x, weight, shadow, targets, ignore_index, vocab_size, chunk_rows, need_dx, need_dw):
+@torch.library.register_fake(_linear_cross_entropy_fwd)
+def _(x, weight, targets, ignore_index, vocab_size, chunk_rows, need_dx, need_dw):
     loss, n_valid = x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.int64)
     dx = x.new_empty(x.shape if need_dx else 0)
-    return loss, n_valid, dx, x.new_empty(shadow.shape if need_dw else 0, dtype=torch.float32)
+    return loss, n_valid, dx, x.new_empty(weight.shape if need_dw else 0, dtype=torch.float32)
 
 
-def _setup(ctx, inputs, output):
-    _, weight, *_, need_dx, need_dw = inputs
-    _, n_valid, dx, dw = output
-    ctx.save_for_backward(n_valid, dx, dw)
-    ctx.needs = need_dx, need_dw
-    ctx.weight_dtype = weight.dtype
-    ctx.set_materialize_grads(False)  # dx and dw are outputs to autograd: no zeros for their gradients
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, shadow, targets, ignore_index, vocab_size, chunk_rows, need_dx, need_dw):
+        sizes = ignore_index, vocab_size, chunk_rows
+        rows = x.reshape(-1, x.shape[-1])
+        loss, n_valid, dx, dw = _linear_cross_entropy_fwd(rows, shadow, targets.reshape(-1), *sizes, need_dx, need_dw)
+        ctx.save_for_backward(n_valid, dx, dw)
+        ctx.needs, ctx.shape, ctx.weight_dtype = (need_dx, need_dw), x.shape, weight.dtype
+        return loss
 
-
-def _backward(ctx, dloss, *_):
-    n_valid, dx, dw = ctx.saved_tensors
-    need_dx, need_dw = ctx.needs
-    dx = _scale(dx, torch.empty_like(dx), dloss, n_valid) if need_dx else None
-    dw = _scale(dw, torch.empty_like(dw), dloss, n_valid).to(ctx.weight_dtype) if need_dw else None
-    return dx, dw, *(None,) * 7
-
-
-_linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        n_valid, dx, dw = ctx.saved_tensors
+        need_dx, need_dw = ctx.needs
+        dx = _scale(dx, torch.empty_like(dx), dloss, n_valid).view(ctx.shape) if need_dx else None
+        dw = _scale(dw, torch.empty_like(dw), dloss, n_valid).to(ctx.weight_dtype) if need_dw else None
+        return dx, dw, *(None,) * 7
 
 
 @torch.library.custom_op("nanogpt::cross_entropy_fwd_", mutates_args=("logits",))
@@ -234,7 +235,7 @@ def _(logits, targets, ignore_index, vocab_size, write_grad):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """In place, which `register_autograd` does not take. A second backward fails on the version counter."""
+    """In place. A second backward fails on the version counter."""
 
     @staticmethod
     def forward(ctx, logits, targets, ignore_index, vocab_size):
@@ -320,7 +321,7 @@ def linear_cross_entropy(
     need_dx = torch.is_grad_enabled() and x.requires_grad
     need_dw = torch.is_grad_enabled() and weight.requires_grad
     args = (ignore_index, vocab_size, chunk_rows, need_dx, need_dw)
-    return _linear_cross_entropy_fwd(x.reshape(-1, C), weight, shadow(weight, x.dtype), targets.reshape(-1), *args)[0]
+    return _LinearCrossEntropy.apply(x, weight, shadow(weight, x.dtype), targets, *args)
 
 
 def aot_cases(arch: int) -> Iterator[configs.AotCase]:
@@ -331,6 +332,6 @@ def aot_cases(arch: int) -> Iterator[configs.AotCase]:
     for V, write_grad in ((50304, True), (50304, False), (128, True)):
         config = configs.lookup("cross_entropy", _bucket(V), arch)
         options = {"num_warps": config.pop("num_warps")}
-        constants = {"WRITE_GRAD": write_grad, "BLOCK_V": min(config["BLOCK_V"], triton.next_power_of_2(V))}
+        constants = {"WRITE_GRAD": write_grad, "BLOCK_V": min(config["BLOCK_V"], next_power_of_2(V))}
         name = f"cross_entropy/V{V}{'' if write_grad else '/loss'}"
         yield configs.AotCase(name, _cross_entropy_kernel, types, constants, options, aligned)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import aot, configs, dispatch
-from kernels.triton_compat import tl, triton
+from kernels.library import custom_op
+from kernels.triton_compat import next_power_of_2, tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -56,12 +57,12 @@ def _arguments(config: dict, scale: float, q: Tensor, k: Tensor, v: Tensor, leng
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "length_ptr": length, "out_ptr": out,
         "stride_qb": q.stride(0), "stride_b": k.stride(0), "stride_h": k.stride(1), "stride_t": k.stride(2),
-        "H": H, "scale": scale, "D": D, "BLOCK_T": config["BLOCK_T"], "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "H": H, "scale": scale, "D": D, "BLOCK_T": config["BLOCK_T"], "BLOCK_D": max(16, next_power_of_2(D)),
         "STAGES": config["STAGES"],
     }  # fmt: skip
 
 
-@torch.library.custom_op("nanogpt::attention_decode", mutates_args=())
+@custom_op("attention_decode")
 def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, scale: float) -> Tensor:
     B, H, _, D = k_cache.shape
     q = q if q.stride(1) == 1 else q.contiguous()
@@ -73,13 +74,13 @@ def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor
         arguments = _arguments(config, scale, q, k_cache, v_cache, length, out)
         _decode_kernel[(B * H,)](**arguments, num_warps=config["num_warps"])
 
-    bucket = f"d{max(16, triton.next_power_of_2(D))}"
+    bucket = f"d{max(16, next_power_of_2(D))}"
     with torch.cuda.device_of(q):
         launch(configs.select("attention_decode", bucket, functools.partial(candidates, "attention_decode"), launch))
     return out
 
 
-@attention_decode.register_fake
+@torch.library.register_fake(attention_decode)
 def _(q, k_cache, v_cache, length, scale):
     return q.new_empty(q.shape)
 

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import configs, dispatch
 from kernels.dropout import check_dropout, draw_seed, dropout_factor
-from kernels.triton_compat import tl, triton
+from kernels.library import custom_op
+from kernels.triton_compat import cdiv, next_power_of_2, tl, triton
 
 HEADS = 16  # partial sums of a long run loaded at a time
 
@@ -157,7 +159,7 @@ def _embedding_runs_kernel(
 
 def _bucket(C: int) -> tuple[str, int]:
     """Name in the config table and BLOCK_C."""
-    block = max(triton.next_power_of_2(C), 32)
+    block = max(next_power_of_2(C), 32)
     return f"c{min(max(block, 256), 8192)}", block
 
 
@@ -172,7 +174,7 @@ def bwd_candidates(arch: int) -> Iterator[dict]:
             yield {"BLOCK_C": block, "ROWS": rows, "num_warps": warps}
 
 
-@torch.library.custom_op("nanogpt::embedding_fwd", mutates_args=())
+@custom_op("embedding_fwd")
 def _embedding_fwd(
     idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, dtype: torch.dtype, dropout_p: float, offset: int
 ) -> Tensor:
@@ -192,12 +194,12 @@ def _embedding_fwd(
     return y
 
 
-@_embedding_fwd.register_fake
+@torch.library.register_fake(_embedding_fwd)
 def _(idx, wte, wpe, seed, dtype, dropout_p, offset):
     return wte.new_empty((*idx.shape, wte.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("nanogpt::embedding_bwd", mutates_args=())
+@custom_op("embedding_bwd")
 def _embedding_bwd(
     dy: Tensor, idx: Tensor, seed: Tensor | None, V: int, positions: int, dropout_p: float, offset: int
 ) -> tuple[Tensor, Tensor]:
@@ -210,9 +212,9 @@ def _embedding_bwd(
 
     def launch(config):
         tile = config.pop("ROWS")
-        tiles = triton.cdiv(M, tile)
+        tiles = cdiv(M, tile)
         partials = torch.empty((tiles, 2, C), dtype=torch.float32, device=dy.device)
-        blocks = triton.cdiv(C, config["BLOCK_C"])
+        blocks = cdiv(C, config["BLOCK_C"])
         _embedding_dwpe_kernel[(T, blocks)](dy, seed, dwpe[offset:], B, T, C, dropout_p, **config)
         args = (dy, seed, tokens, rows, dwte, partials, M, C, V, dropout_p)
         _embedding_dwte_kernel[(tiles, blocks)](*args, ROWS=tile, **config)
@@ -224,26 +226,26 @@ def _embedding_bwd(
     return dwte, dwpe
 
 
-@_embedding_bwd.register_fake
+@torch.library.register_fake(_embedding_bwd)
 def _(dy, idx, seed, V, positions, dropout_p, offset):
     C = dy.shape[2]
     return dy.new_empty((V, C), dtype=torch.float32), dy.new_empty((positions, C), dtype=torch.float32)
 
 
-def _setup(ctx, inputs, output):
-    idx, wte, wpe, seed, _, ctx.dropout_p, ctx.offset = inputs
-    ctx.save_for_backward(idx, seed)
-    ctx.shapes = wte.shape[0], wpe.shape[0]
-    ctx.dtypes = wte.dtype, wpe.dtype
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, idx, wte, wpe, seed, dtype, dropout_p, offset):
+        ctx.save_for_backward(idx, seed)
+        ctx.shapes, ctx.dtypes = (wte.shape[0], wpe.shape[0]), (wte.dtype, wpe.dtype)
+        ctx.dropout_p, ctx.offset = dropout_p, offset
+        return _embedding_fwd(idx, wte, wpe, seed, dtype, dropout_p, offset)
 
-
-def _backward(ctx, dy):
-    idx, seed = ctx.saved_tensors
-    dwte, dwpe = _embedding_bwd(dy, idx, seed, *ctx.shapes, ctx.dropout_p, ctx.offset)
-    return None, dwte.to(ctx.dtypes[0]), dwpe.to(ctx.dtypes[1]), None, None, None, None
-
-
-_embedding_fwd.register_autograd(_backward, setup_context=_setup)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        idx, seed = ctx.saved_tensors
+        dwte, dwpe = _embedding_bwd(dy, idx, seed, *ctx.shapes, ctx.dropout_p, ctx.offset)
+        return None, dwte.to(ctx.dtypes[0]), dwpe.to(ctx.dtypes[1]), None, None, None, None
 
 
 def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, dropout_p: float = 0.0, offset: int = 0) -> Tensor:
@@ -271,7 +273,7 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, dropout
         raise ValueError(f"embedding: wte has {wte.shape[1]} channels, wpe {wpe.shape[1]}")
     if dispatch.choose("embedding", idx.device.type) == "torch":
         return embedding_ref(idx, wte, wpe, dtype, dropout_p, offset)
-    return _embedding_fwd(idx, wte, wpe, draw_seed(idx.device, dropout_p), dtype, dropout_p, offset)
+    return _Embedding.apply(idx, wte, wpe, draw_seed(idx.device, dropout_p), dtype, dropout_p, offset)
 
 
 def aot_cases(arch: int) -> Iterator[configs.AotCase]:

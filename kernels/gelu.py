@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.configs import AotCase
-from kernels.triton_compat import tl, triton
+from kernels.triton_compat import cdiv, tl, triton
 
 GELU_TILE = {"BLOCK": 1024, "num_warps": 4}  # one 16-byte access a thread
 DGELU_TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}  # 16-byte accesses; tall, so that partial sums of the bias are few
@@ -99,7 +99,7 @@ def _dgelu_kernel(
 def gelu_(pre: Tensor, tanh: bool, with_slope: bool) -> Tensor:
     """gelu(pre), elementwise, of a contiguous matrix; pre is overwritten by gelu'(pre) if that is wanted."""
     post = torch.empty_like(pre)
-    grid = (triton.cdiv(pre.numel(), GELU_TILE["BLOCK"]),)
+    grid = (cdiv(pre.numel(), GELU_TILE["BLOCK"]),)
     _gelu_kernel[grid](pre, post, pre.numel(), WITH_SLOPE=with_slope, TANH=tanh, **GELU_TILE)
     return post
 
@@ -111,7 +111,7 @@ def dgelu_(grad: Tensor, slope: Tensor, has_bias: bool) -> Tensor:
         The partial sums over rows of the new gradient, (tiles, N) in fp32; without a bias (0, N).
     """
     M, N = slope.shape
-    grid = (triton.cdiv(M, DGELU_TILE["BLOCK_M"]), triton.cdiv(N, DGELU_TILE["BLOCK_N"]))
+    grid = (cdiv(M, DGELU_TILE["BLOCK_M"]), cdiv(N, DGELU_TILE["BLOCK_N"]))
     partial = grad.new_empty(grid[0] if has_bias else 0, N, dtype=torch.float32)
     _dgelu_kernel[grid](grad, slope, partial, M, N, N, HAS_BIAS=has_bias, **DGELU_TILE)
     return partial

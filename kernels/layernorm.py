@@ -13,15 +13,18 @@ so that forward and backward see the same numbers. Bytes per element, 16-bit: fo
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import configs, cpu, dispatch
 from kernels.dropout import check_dropout, draw_seed, dropout_factor
-from kernels.triton_compat import tl, triton
+from kernels.library import custom_op
+from kernels.triton_compat import cdiv, next_power_of_2, tl, triton
 
 MAX_C = 8192
 
@@ -103,6 +106,7 @@ def _layer_norm_bwd_kernel(
     dropout_p,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
@@ -110,7 +114,8 @@ def _layer_norm_bwd_kernel(
     weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for start in range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+    # STAGES - 1 iterations' rows are on their way into shared memory while one is computed.
+    for start in tl.range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_M)
         mask_m = rows < M
         mask = mask_m[:, None] & mask_c[None, :]
@@ -142,7 +147,7 @@ def _layer_norm_bwd_kernel(
 
 def _bucket(C: int) -> tuple[str, int]:
     """Name in the config table and BLOCK_C."""
-    block = max(triton.next_power_of_2(C), 32)
+    block = max(next_power_of_2(C), 32)
     return f"c{max(block, 256)}", block
 
 
@@ -165,47 +170,46 @@ def fwd_candidates(arch: int) -> Iterator[dict]:
 def bwd_candidates(arch: int) -> Iterator[dict]:
     for rows in (1, 2, 4):
         for warps, programs in ((1, (8, 12, 16)), (2, (4, 6, 8, 12)), (4, (2, 3, 4, 5, 6, 8)), (8, (1, 2, 3, 4)), (16, (1, 2))):
-            for n in programs:
-                yield {"BLOCK_M": rows, "num_warps": warps, "programs_per_sm": n}
+            for n, stages in itertools.product(programs, (1, 2, 3) if rows < 4 else (1,)):
+                yield {"BLOCK_M": rows, "STAGES": stages, "num_warps": warps, "programs_per_sm": n}
 
 
-def _forward(x, residual, weight, bias, seed, eps, dropout_p):
-    """y, r (None without a residual) and the statistics (2, M) of x (M, C)."""
-    M, C = x.shape
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    y = torch.empty((M, C), dtype=x.dtype, device=x.device)
+@custom_op("layer_norm_fwd")
+def _layer_norm_fwd(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, seed: Tensor | None, eps: float, dropout_p: float
+) -> list[Tensor]:
+    """[y (..., C), statistics (2, M)], and with a residual r (..., C)."""
+    C = x.shape[-1]
+    x2 = x.reshape(-1, C)  # (M, C)
+    if x2.stride(1) != 1:
+        x2 = x2.contiguous()
+    M = x2.shape[0]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = None if residual is None else torch.empty_like(y)
     residual = None if residual is None else residual.contiguous()
     statistics = torch.empty((2, M), dtype=torch.float32, device=x.device)
+    mean, rstd = statistics.unbind()
     bucket, block = _bucket(C)
 
     def launch(config):
         config = config if seed is None else _for_dropout(config, block)
-        grid = (triton.cdiv(M, config["BLOCK_M"]),)
-        args = (x, residual, weight, bias, seed, y, r, *statistics, x.stride(0), M, C, eps, dropout_p)
+        grid = (cdiv(M, config["BLOCK_M"]),)
+        args = (x2, residual, weight, bias, seed, y, r, mean, rstd, x2.stride(0), M, C, eps, dropout_p)
         _layer_norm_fwd_kernel[grid](*args, BLOCK_C=block, **config)
 
     with torch.cuda.device_of(x):
         if M:
             launch(configs.select("layer_norm_fwd", bucket, fwd_candidates, launch))
-    return y, r, statistics
+    return [y, statistics] if r is None else [y, statistics, r]
 
 
-@torch.library.custom_op("nanogpt::layer_norm_fwd", mutates_args=())
-def _layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, statistics = _forward(x, None, weight, bias, None, eps, 0.0)
-    return y, statistics
+@torch.library.register_fake(_layer_norm_fwd)
+def _(x, residual, weight, bias, seed, eps, dropout_p):
+    statistics = x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32)
+    return [x.new_empty(x.shape), statistics] + ([] if residual is None else [x.new_empty(x.shape)])
 
 
-@torch.library.custom_op("nanogpt::layer_norm_residual_fwd", mutates_args=())
-def _layer_norm_residual_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, eps: float, dropout_p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, residual, weight, bias, seed, eps, dropout_p)
-
-
-@torch.library.custom_op("nanogpt::layer_norm_bwd", mutates_args=())
+@custom_op("layer_norm_bwd")
 def _layer_norm_bwd(
     dy: Tensor,
     dr_out: Tensor | None,
@@ -216,23 +220,26 @@ def _layer_norm_bwd(
     has_bias: bool,
     dropout_p: float,
 ) -> list[Tensor]:
-    """[dr (M, C), parameter gradients (1 or 2, C)], and dx (M, C) with dropout."""
-    M, C = r.shape
-    if r.stride(1) != 1:
-        r = r.contiguous()
+    """[dr (..., C), parameter gradients (1 or 2, C)], and dx (..., C) with dropout."""
+    C = r.shape[-1]
+    r2 = r.reshape(-1, C)  # (M, C)
+    if r2.stride(1) != 1:
+        r2 = r2.contiguous()
+    M = r2.shape[0]
     dy, dr_out = dy.contiguous(), None if dr_out is None else dr_out.contiguous()
-    dr = torch.empty((M, C), dtype=r.dtype, device=r.device)
+    dr = torch.empty(r.shape, dtype=r.dtype, device=r.device)
     dx = None if seed is None else torch.empty_like(dr)
+    mean, rstd = statistics.unbind()
     bucket, block = _bucket(C)
     partials = None
 
     def launch(config):
         nonlocal partials
         limit = config.pop("programs_per_sm") * _multiprocessors(r.device)
-        programs = max(min(limit, triton.cdiv(M, config["BLOCK_M"])), 1)
+        programs = max(min(limit, cdiv(M, config["BLOCK_M"])), 1)
         partials = torch.empty((1 + has_bias, programs, C), dtype=torch.float32, device=r.device)
-        dw, db = partials[0], partials[1] if has_bias else None
-        args = (dy, dr_out, r, weight, *statistics, seed, dr, dx, dw, db, r.stride(0), M, C, dropout_p)
+        dw, db = partials.unbind() if has_bias else (partials, None)
+        args = (dy, dr_out, r2, weight, mean, rstd, seed, dr, dx, dw, db, r2.stride(0), M, C, dropout_p)
         _layer_norm_bwd_kernel[(programs,)](*args, BLOCK_C=block, **config)
 
     with torch.cuda.device_of(r):
@@ -240,61 +247,30 @@ def _layer_norm_bwd(
     return [dr, partials.sum(1)] + ([] if dx is None else [dx])
 
 
-@_layer_norm_fwd.register_fake
-def _(x, weight, bias, eps):
-    return x.new_empty(x.shape), x.new_empty((2, x.shape[0]), dtype=torch.float32)
-
-
-@_layer_norm_residual_fwd.register_fake
-def _(x, residual, weight, bias, seed, eps, dropout_p):
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((2, x.shape[0]), dtype=torch.float32)
-
-
-@_layer_norm_bwd.register_fake
+@torch.library.register_fake(_layer_norm_bwd)
 def _(dy, dr_out, r, weight, statistics, seed, has_bias, dropout_p):
-    parameters = r.new_empty((1 + has_bias, r.shape[1]), dtype=torch.float32)
+    parameters = r.new_empty((1 + has_bias, r.shape[-1]), dtype=torch.float32)
     return [r.new_empty(r.shape), parameters] + ([] if seed is None else [r.new_empty(r.shape)])
 
 
-def _save(ctx, r, weight, bias, statistics, seed, dropout_p):
-    ctx.save_for_backward(r, weight, statistics, seed)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.dropout_p = dropout_p
-    ctx.set_materialize_grads(False)  # the last block's residual stream has no consumer, hence no gradient
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p):
+        y, statistics, *r = _layer_norm_fwd(x, residual, weight, bias, seed, eps, dropout_p)
+        ctx.save_for_backward(r[0] if r else x, weight, statistics, seed)
+        ctx.bias_dtype, ctx.dropout_p, ctx.has_residual = None if bias is None else bias.dtype, dropout_p, bool(r)
+        ctx.set_materialize_grads(False)  # the last block's residual stream has no consumer, hence no gradient
+        return (y, r[0]) if r else y
 
-
-def _backward(ctx, dy, dr_out):
-    """dr, dx, dw, db."""
-    r, weight, statistics, seed = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(r)
-    dr, parameters, *rest = _layer_norm_bwd(dy, dr_out, r, weight, statistics, seed, ctx.bias_dtype is not None, ctx.dropout_p)
-    db = None if ctx.bias_dtype is None else parameters[1].to(ctx.bias_dtype)
-    return dr, rest[0] if rest else dr, parameters[0].to(weight.dtype), db
-
-
-def _layer_norm_setup(ctx, inputs, output):
-    x, weight, bias, _ = inputs
-    _save(ctx, x, weight, bias, output[1], None, 0.0)
-
-
-def _layer_norm_backward(ctx, dy, _):
-    dr, _, dw, db = _backward(ctx, dy, None)
-    return dr, dw, db, None
-
-
-def _layer_norm_residual_setup(ctx, inputs, output):
-    _, _, weight, bias, seed, _, dropout_p = inputs
-    _save(ctx, output[1], weight, bias, output[2], seed, dropout_p)
-
-
-def _layer_norm_residual_backward(ctx, dy, dr_out, _):
-    dr, dx, dw, db = _backward(ctx, dy, dr_out)
-    return dx, dr, dw, db, None, None, None
-
-
-_layer_norm_fwd.register_autograd(_layer_norm_backward, setup_context=_layer_norm_setup)
-_layer_norm_residual_fwd.register_autograd(_layer_norm_residual_backward, setup_context=_layer_norm_residual_setup)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dr_out=None):
+        r, weight, statistics, seed = ctx.saved_tensors
+        dy = torch.zeros_like(r) if dy is None else dy
+        has_bias = ctx.bias_dtype is not None
+        dr, parameters, *dx = _layer_norm_bwd(dy, dr_out, r, weight, statistics, seed, has_bias, ctx.dropout_p)
+        db = parameters[1].to(ctx.bias_dtype) if has_bias else None
+        return dx[0] if dx else dr, dr if ctx.has_residual else None, parameters[0].to(weight.dtype), db, None, None, None
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -327,7 +303,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         return layer_norm_ref(x, weight, bias, eps)
     if backend == "cpp":
         return cpu.layer_norm(x, weight, bias, eps)
-    return _layer_norm_fwd(x.reshape(-1, x.shape[-1]), weight, bias, eps)[0].view(x.shape)
+    return _LayerNorm.apply(x, None, weight, bias, None, eps, 0.0)
 
 
 def layer_norm_residual(
@@ -359,10 +335,7 @@ def layer_norm_residual(
         return layer_norm_residual_ref(x, residual, weight, bias, eps, dropout_p)
     if backend == "cpp":
         return cpu.layer_norm_residual(x, residual, weight, bias, eps, dropout_p)
-    flat = (-1, x.shape[-1])
-    seed = draw_seed(x.device, dropout_p)
-    y, r, _ = _layer_norm_residual_fwd(x.reshape(flat), residual.reshape(flat), weight, bias, seed, eps, dropout_p)
-    return y.view(x.shape), r.view(x.shape)
+    return _LayerNorm.apply(x, residual, weight, bias, draw_seed(x.device, dropout_p), eps, dropout_p)
 
 
 def aot_cases(arch: int) -> Iterator[configs.AotCase]:

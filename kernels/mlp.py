@@ -25,11 +25,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import configs, cpu, cublaslt, dispatch, gelu
 from kernels.gelu import gelu_and_slope_of, gelu_of
+from kernels.library import custom_op
 from kernels.linear import linear_ref, mm_fp32, shadow
-from kernels.triton_compat import TensorDescriptor, tl, triton
+from kernels.triton_compat import TensorDescriptor, cdiv, tl, triton
 
 APPROXIMATE = ("none", "tanh")
 
@@ -176,7 +178,7 @@ def _operands(config: dict[str, int], tiles: dict[str, tuple[str, str]], *matric
 def _grid(config: dict[str, int], M: int, N: int, device: torch.device) -> tuple[int]:
     """`per_sm` resident programs on each SM walk the tiles: one's epilogue runs beside another's matrix products."""
     per_sm = config.pop("per_sm")
-    return (min(triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]), per_sm * _multiprocessors(device)),)
+    return (min(cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]), per_sm * _multiprocessors(device)),)
 
 
 def _gelu_fwd(x: Tensor, w: Tensor, bias: Tensor | None, tanh: bool, with_slope: bool) -> tuple[Tensor, Tensor]:
@@ -215,7 +217,7 @@ def _gelu_bwd(dy: Tensor, w: Tensor, slope: Tensor, has_bias: bool) -> tuple[Ten
             partial = gelu.dgelu_(dpre, slope, has_bias)
         else:
             dpre = torch.empty_like(slope)
-            partial = dy.new_empty(triton.cdiv(M, config["BLOCK_M"]) if has_bias else 0, N, dtype=torch.float32)
+            partial = dy.new_empty(cdiv(M, config["BLOCK_M"]) if has_bias else 0, N, dtype=torch.float32)
             grid = _grid(config, M, N, dy.device)
             _bwd_kernel[grid](
                 **_operands(config, BWD_TILES, dy, w, slope, dpre), partial_ptr=partial,
@@ -226,41 +228,34 @@ def _gelu_bwd(dy: Tensor, w: Tensor, slope: Tensor, has_bias: bool) -> tuple[Ten
     return launch(configs.select("gelu_mlp_bwd", "default", bwd_candidates, launch))
 
 
-@torch.library.custom_op("nanogpt::gelu_mlp_fwd", mutates_args=())
+@custom_op("gelu_mlp_fwd")
 def _mlp_fwd(
     x: Tensor,
     w_fc: Tensor,
     b_fc: Tensor | None,
     w_proj: Tensor,
     b_proj: Tensor | None,
-    w_fc_shadow: Tensor,
-    b_fc_shadow: Tensor | None,
-    w_proj_shadow: Tensor,
-    b_proj_shadow: Tensor | None,
     tanh: bool,
     with_slope: bool,
     lt: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The parameters are there for their gradients; the arithmetic reads their shadows. Returns y, post and slope.
-
-    With ``lt``, which is cuBLASLt's tanh GELU, the last is gelu's argument.
-    """
+    """y (M, C_out), post and slope of x (M, C); with ``lt``, which is cuBLASLt's tanh GELU, the last is gelu's argument."""
     with torch.cuda.device_of(x):
-        x, w = x.contiguous(), w_fc_shadow.contiguous()
+        x, w = x.contiguous(), w_fc.contiguous()
         if lt:
-            post, slope = cublaslt.linear_gelu(x, w, b_fc_shadow, with_slope)
+            post, slope = cublaslt.linear_gelu(x, w, b_fc, with_slope)
         else:
-            post, slope = _gelu_fwd(x, w, b_fc_shadow, tanh, with_slope)
-        return F.linear(post, w_proj_shadow, b_proj_shadow), post, slope
+            post, slope = _gelu_fwd(x, w, b_fc, tanh, with_slope)
+        return F.linear(post, w_proj, b_proj), post, slope
 
 
-@_mlp_fwd.register_fake
-def _(x, w_fc, b_fc, w_proj, b_proj, w_fc_shadow, b_fc_shadow, w_proj_shadow, b_proj_shadow, tanh, with_slope, lt):
+@torch.library.register_fake(_mlp_fwd)
+def _(x, w_fc, b_fc, w_proj, b_proj, tanh, with_slope, lt):
     M, N = x.shape[0], w_fc.shape[0]
     return x.new_empty(M, w_proj.shape[0]), x.new_empty(M, N), x.new_empty(M if with_slope else 0, N)
 
 
-@torch.library.custom_op("nanogpt::gelu_mlp_bwd", mutates_args=())
+@custom_op("gelu_mlp_bwd")
 def _mlp_bwd(
     dy: Tensor,
     x: Tensor,
@@ -281,7 +276,7 @@ def _mlp_bwd(
         return dpre @ w_fc, mm_fp32(dpre.t(), x), db_fc, dw_proj, db_proj
 
 
-@_mlp_bwd.register_fake
+@torch.library.register_fake(_mlp_bwd)
 def _(dy, x, post, slope, w_fc, w_proj, has_b_fc, has_b_proj, lt):
     def empty(*shape):
         return dy.new_empty(shape, dtype=torch.float32)
@@ -291,23 +286,24 @@ def _(dy, x, post, slope, w_fc, w_proj, has_b_fc, has_b_proj, lt):
     return dy.new_empty(x.shape), empty(N, C), biases[0], empty(*w_proj.shape), biases[1]
 
 
-def _setup_context(ctx, inputs, output):
-    x, w_fc, b_fc, w_proj, b_proj, w_fc_shadow, _, w_proj_shadow, _, _, with_slope, ctx.lt = inputs
-    if with_slope:
-        ctx.save_for_backward(x, *output[1:], w_fc_shadow, w_proj_shadow)
-    ctx.set_materialize_grads(False)  # post and slope are no results: no zeros for their gradients
-    ctx.dtypes = [None if p is None else p.dtype for p in (w_fc, b_fc, w_proj, b_proj)]
+class _GeluMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, s_w_fc, s_b_fc, s_w_proj, s_b_proj, tanh, with_slope, lt):
+        x2 = x.reshape(-1, x.shape[-1])  # (M, C)
+        y, post, slope = _mlp_fwd(x2, s_w_fc, s_b_fc, s_w_proj, s_b_proj, tanh, with_slope, lt)
+        if with_slope:
+            ctx.save_for_backward(x2, post, slope, s_w_fc, s_w_proj)
+        ctx.dtypes = [None if p is None else p.dtype for p in (w_fc, b_fc, w_proj, b_proj)]
+        ctx.shape, ctx.lt = x.shape, lt
+        return y.view(*x.shape[:-1], y.shape[1])
 
-
-def _backward(ctx, dy, *_):
-    saved = ctx.saved_tensors  # x, post, slope, w_fc, w_proj
-    has_b_fc, has_b_proj = ctx.dtypes[1] is not None, ctx.dtypes[3] is not None
-    dx, *grads = _mlp_bwd(dy, *saved, has_b_fc, has_b_proj, ctx.lt)
-    grads = [None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
-    return dx, *grads, None, None, None, None, None, None, None
-
-
-_mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        has_b_fc, has_b_proj = ctx.dtypes[1] is not None, ctx.dtypes[3] is not None
+        dx, *grads = _mlp_bwd(dy.reshape(-1, dy.shape[-1]), *ctx.saved_tensors, has_b_fc, has_b_proj, ctx.lt)
+        grads = [None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
+        return dx.view(ctx.shape), *grads, *(None,) * 7
 
 
 def gelu_mlp_ref(
@@ -349,8 +345,7 @@ def gelu_mlp(
     shadows = [None if p is None else shadow(p, x.dtype) for p in parameters]
     with_slope = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     flags = approximate == "tanh", with_slope, backend == "cuda"
-    y, _, _ = _mlp_fwd(x.reshape(-1, x.shape[-1]), *parameters, *shadows, *flags)
-    return y.view(*x.shape[:-1], w_proj.shape[0])
+    return _GeluMlp.apply(x, *parameters, *shadows, *flags)
 
 
 # What a fused configuration says; FLATTEN: see `_fwd_kernel`; per_sm: programs resident on an SM.

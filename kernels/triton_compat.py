@@ -36,4 +36,25 @@ if INSTALLED:
 else:
     triton = tl = gluon = gl = hopper = TensorDescriptor = GluonTensorDescriptor = _Absent()
 
-__all__ = ["INSTALLED", "GluonTensorDescriptor", "TensorDescriptor", "gl", "gluon", "hopper", "tl", "triton"]
+
+# As Triton's own, which also take constants of kernels and therefore some microseconds.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+__all__ = [
+    "INSTALLED",
+    "GluonTensorDescriptor",
+    "TensorDescriptor",
+    "cdiv",
+    "gl",
+    "gluon",
+    "hopper",
+    "next_power_of_2",
+    "tl",
+    "triton",
+]

@@ -27,6 +27,14 @@ def test_compiles_within_limits(case, arch):
         assert EXPECTED[arch] <= set(row.instructions)
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_layer_norm_prefetches_where_a_configuration_says_so(arch):
+    case = next(case for case in report.cases(arch) if case.name == "layer_norm_bwd/C768")
+    for stages, wanted in ((1, False), (2, True), (3, True)):
+        row = report.compile_case(case._replace(constants=case.constants | {"STAGES": stages}), arch)
+        assert ("cp.async" in row.instructions, row.problems) == (wanted, [])
+
+
 def test_report_counts_what_is_over_the_limits():
     row = report.Row("x", 80, registers=255, stack=48, shared=200_000, instructions=())
     assert len(row.problems) == 2

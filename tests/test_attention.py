@@ -247,9 +247,9 @@ def _seeded(*functions):
 def test_opcheck(dropout_p):
     qkv, dout = inputs(2, 20, 2, 16, torch.float32)
     seed = torch.tensor([5], device=DEVICE) if dropout_p else None
-    opcheck(attention_fwd, (qkv.requires_grad_(), seed, 2, dropout_p, 0.25))
-    out, lse = attention_fwd(qkv.detach(), seed, 2, dropout_p, 0.25)
-    opcheck(attention_bwd, (dout, qkv.detach(), out, lse, seed, 2, dropout_p, 0.25))
+    opcheck(attention_fwd, (qkv, seed, 2, dropout_p, 0.25))
+    out, lse = attention_fwd(qkv, seed, 2, dropout_p, 0.25)
+    opcheck(attention_bwd, (dout, qkv, out, lse, seed, 2, dropout_p, 0.25))
     q, k, v = caches(2, 2, 20, 16, torch.float32)
     opcheck(attention_decode, (q, k, v, lengths(3, 20), 0.25))
 

@@ -33,3 +33,9 @@ def test_measuring_repeats_a_launch_that_takes_its_configuration_apart(monkeypat
     candidates = [{"rows": 3, "ms": 2.0}, {"rows": 1, "ms": 1.0}]
     assert list(configs.measure(candidates, lambda config: config.pop("ms"))) == [(2.0, candidates[0]), (1.0, candidates[1])]
     assert candidates == [{"rows": 3, "ms": 2.0}, {"rows": 1, "ms": 1.0}]
+
+
+@pytest.mark.parametrize(("capability", "arch"), [((8, 0), 80), ((8, 7), 86), ((8, 9), 89), ((9, 0), 90), ((12, 0), 90)])
+def test_a_gpu_takes_the_newest_architecture_that_it_runs(monkeypatch, capability, arch):
+    monkeypatch.setattr(configs.torch.cuda, "get_device_capability", lambda device: capability)
+    assert configs._arch.__wrapped__(0) == arch

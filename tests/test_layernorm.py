@@ -84,14 +84,14 @@ def test_references(bias):
 
 @pytest.mark.triton
 def test_each_configuration_gives_the_same(monkeypatch):
-    """Rows per program and the number of programs change nothing but the order of the parameter gradients' sums."""
+    """Rows, programs and prefetching change nothing but the order of the parameter gradients' sums."""
     inputs, grads = make(53, 96, torch.float32)
     want = run(layer_norm_residual, inputs, grads)
-    for rows, programs in ((1, 3), (4, 1), (8, 100)):
-        config = {"BLOCK_M": rows, "num_warps": 4}
+    for rows, programs, stages in ((1, 3, 1), (4, 1, 2), (8, 100, 3)):
+        config, bwd = {"BLOCK_M": rows, "num_warps": 4}, {"programs_per_sm": programs, "STAGES": stages}
 
-        def select(op, *_, config=config, programs=programs):
-            return config | ({"programs_per_sm": programs} if op == "layer_norm_bwd" else {})
+        def select(op, *_, config=config, bwd=bwd):
+            return config | (bwd if op == "layer_norm_bwd" else {})
 
         monkeypatch.setattr(configs, "select", select)
         for a, b in zip(run(layer_norm_residual, inputs, grads), want):
@@ -231,12 +231,11 @@ def test_no_dropout_draws_nothing():
 @pytest.mark.triton
 def test_opcheck():
     (x, r, weight, bias), (dy, dr) = make(5, 64, torch.float32)
-    leaves = [t.clone().requires_grad_() for t in (x, r, weight, bias)]
     seed = torch.tensor([3], device=DEVICE)
-    torch.library.opcheck(layernorm._layer_norm_fwd, (leaves[0], leaves[2], leaves[3], 1e-5))
-    torch.library.opcheck(layernorm._layer_norm_fwd, (leaves[0], leaves[2], None, 1e-5))
-    torch.library.opcheck(layernorm._layer_norm_residual_fwd, (*leaves, None, 1e-5, 0.0))
-    torch.library.opcheck(layernorm._layer_norm_residual_fwd, (*leaves, seed, 1e-5, 0.5))
+    torch.library.opcheck(layernorm._layer_norm_fwd, (x, None, weight, bias, None, 1e-5, 0.0))
+    torch.library.opcheck(layernorm._layer_norm_fwd, (x, None, weight, None, None, 1e-5, 0.0))
+    torch.library.opcheck(layernorm._layer_norm_fwd, (x[None], r[None], weight, bias, None, 1e-5, 0.0))
+    torch.library.opcheck(layernorm._layer_norm_fwd, (x, r, weight, bias, seed, 1e-5, 0.5))
     statistics = torch.rand(2, 5, device=DEVICE)
     torch.library.opcheck(layernorm._layer_norm_bwd, (dy, dr, r, weight, statistics, None, True, 0.0))
     torch.library.opcheck(layernorm._layer_norm_bwd, (dy, None, r, weight, statistics, seed, False, 0.5))

@@ -1,0 +1,26 @@
+"""How the functions of this folder become ops: opaque to torch.compile, with a schema, under their names in a profile.
+
+What ``torch.library.custom_op`` does, without the Python that it runs around each call: gradients come from the
+``torch.autograd.Function`` beside an op.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+_nanogpt = torch.library.Library("nanogpt", "FRAGMENT")
+
+
+def custom_op(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Decorates a function of tensors, none of which it changes or returns: makes it ``torch.ops.nanogpt.NAME`` and gives that.
+
+    The annotations are its schema. It needs a ``torch.library.register_fake`` beside it.
+    """
+
+    def define(function: Callable) -> torch._ops.OpOverload:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _nanogpt.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _nanogpt.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.nanogpt, name).default
+
+    return define
