@@ -302,9 +302,9 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest, 
         watchdog.at("the update")
         if log and config.max_hours:
             stop.until = latest_stop(config.max_hours, log.ledger, run.model.parameter_count(False), run.it - begun)
-        votes[0] = bool(stop)
+        votes[0].fill_(bool(stop))  # `votes[0] =` would wait for a GPU
         if world.main and config.checkpoint_minutes and time.monotonic() - last_save > config.checkpoint_minutes * 60:
-            votes[1] = 1
+            votes[1].fill_(1)
         shared = distributed.mean(torch.cat([mean_loss[None], votes]))  # what every rank decides by
         norm = optimizer.step(config.grad_clip, loss_scale, partial(run.guard.admits, shared[0]))
         run.it += 1

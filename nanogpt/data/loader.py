@@ -63,9 +63,9 @@ class Windows:
         return shard, start
 
 
-def _fill(out: np.ndarray, shards: list[Shard], places: tuple[np.ndarray, np.ndarray]) -> None:
-    """Copies windows into out (2, B, T) int64: x, then y, which is x one token on."""
-    T = out.shape[2]
+def _fill(batch: Tensor, shards: list[Shard], places: tuple[np.ndarray, np.ndarray]) -> None:
+    """Copies windows into a batch (2, B, T) int64: x, then y, which is x one token on."""
+    out, T = batch.numpy(), batch.shape[2]
     for row, (shard, start) in enumerate(zip(*places)):
         window = shards[shard].tokens[start : start + T + 1]
         out[0, row], out[1, row] = window[:-1], window[1:]
@@ -205,7 +205,7 @@ class Loader:
 
     def _assemble(self, buffer: Tensor, start: int) -> Tensor:
         places = self.windows.locate(np.arange(start, start + self.shape[1], dtype=np.int64))
-        _fill(buffer.numpy(), self.shards, places)
+        _fill(buffer, self.shards, places)
         return buffer
 
 
@@ -232,6 +232,7 @@ def eval_batches(
     per_shard = np.array([max(0, (shard.count - 1) // block_size) for shard in shards])
     ends = np.cumsum(per_shard)
     total = int(ends[-1])
+    pinned = torch.device(device).type == "cuda"  # so that the host prepares a batch while the device works on another
     if not total:
         raise ValueError(f"{data_dir}: the split {split} has no {block_size + 1} tokens in a row (block_size={block_size})")
     count = min(n_batches, total // batch_size) * batch_size or total
@@ -240,7 +241,7 @@ def eval_batches(
         index = np.arange(begin, min(begin + batch_size, count)) * total // count
         shard = np.searchsorted(ends, index, side="right")
         start = (index - (ends - per_shard)[shard]) * block_size
-        batch = torch.empty((2, len(index), block_size), dtype=torch.int64)
-        _fill(batch.numpy(), shards, (shard, start))
-        batch = batch.to(device)
+        batch = torch.empty((2, len(index), block_size), dtype=torch.int64, pin_memory=pinned)
+        _fill(batch, shards, (shard, start))
+        batch = batch.to(device, non_blocking=pinned)
         yield batch[0], batch[1]
