@@ -1,6 +1,6 @@
 """The language-model head with its loss, in time and memory, and the row kernel alone.
 
-    python benchmarks/cross_entropy.py [--quick] [--plot]
+    python benchmarks/cross_entropy.py [--quick] [--plot]       # peers: pip install liger-kernel quack-kernels
 
 Cases `head-...` time linear + cross-entropy, loss and both gradients: 6 M C V FLOPs; a provider that keeps all M x V logits
 shows in peak_mib. Cases `rows-...` time what comes between the GEMMs: M x V logits in, their losses and gradients out, with one
@@ -48,20 +48,35 @@ def solve(inputs, dy) -> list[Tensor]:
     return [loss, dx, dw]
 
 
+def liger(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    # By default it sums dW over chunks in bf16, which does not pass the check.
+    return liger_fused_linear_cross_entropy(x, weight.to(x.dtype), targets, ignore_index=-1, accum_dtype=torch.float32)
+
+
+def quack(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(x, weight.to(x.dtype), targets, ignore_index=-1)
+
+
+def cut_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x, weight.to(x.dtype), targets, ignore_index=-1)
+
+
+# Where they are installed, or on PYTHONPATH. APIs as of liger-kernel 0.8.5 and quack-kernels 0.6.5.
+PEERS = {"liger_kernel": liger, "quack": quack, "cut_cross_entropy": cut_cross_entropy}
+
+
 def head_providers() -> dict:
     made = {"ours": linear_cross_entropy, "torch": plain, "compile": torch.compile(plain, dynamic=False)}
     if hasattr(nn, "LinearCrossEntropyOptions"):
         options = nn.LinearCrossEntropyOptions()
         made["torch-chunked"] = lambda x, w, t: F.linear_cross_entropy(x, w.to(x.dtype), t, ignore_index=-1, options=options)
-    if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        made["liger"] = lambda x, w, t: liger_fused_linear_cross_entropy(x, w.to(x.dtype), t, ignore_index=-1)
-    if importlib.util.find_spec("cut_cross_entropy"):
-        import cut_cross_entropy
-
-        made["cut-cross-entropy"] = lambda x, w, t: cut_cross_entropy.linear_cross_entropy(x, w.to(x.dtype), t, ignore_index=-1)
-    return made
+    return made | {peer.__name__.replace("_", "-"): peer for module, peer in PEERS.items() if importlib.util.find_spec(module)}
 
 
 def rows_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,39 @@ def test_plot(tmp_path):
     assert (tmp_path / "layernorm.png").read_bytes()[:4] == b"\x89PNG"
 
 
+PEERS = {
+    "liger_kernel.transformers.functional": """
+def liger_fused_linear_cross_entropy(input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
+    label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None):
+    assert accum_dtype == torch.float32
+    return F.cross_entropy(input @ weight.t(), target, ignore_index=ignore_index)
+""",
+    "quack.linear_cross_entropy": """
+def chunked_linear_cross_entropy(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean"):
+    return F.cross_entropy(x @ weight.t(), target, ignore_index=ignore_index)
+""",
+    "cut_cross_entropy": "raise ImportError('made for another torch')",
+}
+
+
+def test_peers_take_part_where_they_are(tmp_path, monkeypatch):
+    """By stand-ins with their signatures; one that cannot be imported is a row, not the end."""
+    for name, text in PEERS.items():
+        path = tmp_path / "site" / Path(*name.split(".")) / "__init__.py"
+        path.parent.mkdir(parents=True)
+        path.write_text("import torch\nimport torch.nn.functional as F\n" + text)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    bench = run("cross_entropy", tmp_path, "--providers", "liger,quack,cut-cross-entropy")
+    assert {(r["provider"], r["pass"], r["status"]) for r in bench.rows} == {
+        ("liger", "both", "ok"),
+        ("quack", "both", "ok"),
+        ("cut-cross-entropy", "check", "failed: ImportError: made for another torch"),
+    }
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("liger_kernel", "quack", "cut_cross_entropy"):
+            del sys.modules[name]
+
+
 class _WrongGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
