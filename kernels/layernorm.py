@@ -258,7 +258,8 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p):
         y, statistics, *r = _layer_norm_fwd(x, residual, weight, bias, seed, eps, dropout_p)
         ctx.save_for_backward(r[0] if r else x, weight, statistics, seed)
-        ctx.bias_dtype, ctx.dropout_p, ctx.has_residual = None if bias is None else bias.dtype, dropout_p, bool(r)
+        ctx.bias_dtype, ctx.dropout_p = None if bias is None else bias.dtype, dropout_p
+        ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)  # the last block's residual stream has no consumer, hence no gradient
         return (y, r[0]) if r else y
 
