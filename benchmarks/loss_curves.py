@@ -73,8 +73,8 @@ def tail(losses: list[float]) -> float:
     return sum(last) / len(last)
 
 
-def plot(path: Path) -> None:
-    """Draws a file of curves as PATH.png: the losses, and below how far each is from the first reference of its dtype."""
+def plot(path: Path, target: Path) -> None:
+    """Draws a file of curves: the losses, and below how far each is from the first reference of its dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,7 +99,7 @@ def plot(path: Path) -> None:
     below.set_ylabel(f"|loss - torch's|, seed {SEEDS[0]}", fontsize=8)
     below.set_xlabel("update")
     figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+    figure.savefig(target, dpi=120)
     plt.close(figure)
 
 
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> common.Bench:
                 print(f"# {dtype}: {ours} is {off:.3g} from torch, the other seed {spread:.3g}: {status}", flush=True)
     dispatch.use(before)
     if args.plot:
-        plot(path)
+        plot(path, path.with_suffix(".png"))
     bench.finish()
     return bench
 

@@ -14,6 +14,7 @@ REQUIRED = ("op", "case", "provider", "pass", "dtype", "status", "device", "torc
 UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s", "tokens_per_s": "tokens/s", "ms": "ms"}
 ORDER = (
     "train_step",
+    "loss_curves",
     "attention",
     "cross_entropy",
     "mlp",
@@ -123,8 +124,24 @@ def step_tables(rows: list[Row]) -> str:
     return text
 
 
-def section(folder: Path, plots: Path | None = None) -> str:
-    """A folder as Markdown; with plots, one PNG per op is drawn there and linked."""
+def curve_tables(rows: list[Row]) -> str:
+    """Curves of the loss: where each ends, and how far the kernels' is from the reference's."""
+    lines = []
+    for r in rows:
+        if r["status"] == "ok":
+            ratio = f"{float(r['error']):.3f} of the distance of two seeds" if r["pass"] == "verdict" else ""
+            lines.append(
+                [f"{r['case']} {r['dtype']}", r["provider"], r["pass"], number(r["loss"], 4) if r["loss"] else "", ratio]
+            )
+    header = ["case", "provider", "weights", "loss, mean of the last tenth", "distance from torch"]
+    return table(header, lines) + "\n" if lines else ""
+
+
+TABLES = {"train_step": step_tables, "loss_curves": curve_tables}
+
+
+def section(folder: Path, linked: bool = False) -> str:
+    """A folder as Markdown; ``linked`` to the plots that :func:`draw` makes."""
     rows = read(folder)
     facts = {c: ", ".join(v for v in distinct(rows, c) if v) for c in ("device", "driver", "torch", "triton", "commit", "date")}
     loads = [float(r["load"]) for r in rows if r.get("load")]
@@ -135,20 +152,47 @@ def section(folder: Path, plots: Path | None = None) -> str:
     for op in sorted(distinct(rows, "op"), key=lambda op: ORDER.index(op) if op in ORDER else len(ORDER)):
         chosen = [r for r in rows if r["op"] == op]
         text += f"### {op}\n\n" + "".join(f"`{command}`\n" for command in distinct(chosen, "command")) + "\n"
-        text += step_tables(chosen) if op == "train_step" else op_tables(chosen)
+        text += TABLES.get(op, op_tables)(chosen)
         for r in chosen:
             if r["status"] != "ok":
                 text += f"- {r['case']} {r['pass']}, {r['provider']}: {r['status']}\n"
-        if plots and any(r["ms"] and r["status"] == "ok" for r in chosen):
-            sys.path.insert(0, str(ROOT / "benchmarks"))
-            import common
-
-            plots.mkdir(parents=True, exist_ok=True)
-            name = f"{folder.name}-{op}.png"
-            common.plot([r for r in chosen if not r["pass"].startswith(("part", "start"))], plots / name)
-            text += f"\n![{op}](plots/{name})\n"
+        if linked:
+            text += "".join(f"\n![{op}](plots/{name})\n" for name in plots(folder, op, chosen))
         text += "\n"
     return text
+
+
+def plots(folder: Path, op: str, rows: list[Row]) -> dict[str, list[Row] | Path]:
+    """File name of each plot of an op -> what it shows: bars of rows, or a file of curves."""
+    if op == "loss_curves":
+        return {f"{folder.name}-{path.stem}.png": path for path in sorted((folder / "curves").glob("*.csv"))}
+    shown = [r for r in rows if r["ms"] and r["status"] == "ok" and not r["pass"].startswith(("part", "start"))]
+    return {f"{folder.name}-{op}.png": shown} if shown else {}
+
+
+def draw(folder: Path, target: Path) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import common
+    import loss_curves
+
+    target.mkdir(parents=True, exist_ok=True)
+    rows = read(folder)
+    for op in distinct(rows, "op"):
+        for name, shown in plots(folder, op, [r for r in rows if r["op"] == op]).items():
+            (loss_curves.plot if isinstance(shown, Path) else common.plot)(shown, target / name)
+
+
+def page(folders: list[Path]) -> str:
+    """docs/performance.md."""
+    head = (
+        "# Performance\n\nWritten by `python scripts/report.py --write` from the rows in `benchmarks/results`; do not edit.\n"
+        "How things are measured: `benchmarks/common.py`.\n\n"
+    )
+    return head + "".join(section(folder, linked=True) for folder in folders)
+
+
+def result_folders() -> list[Path]:
+    return sorted(p for p in (ROOT / "benchmarks" / "results").iterdir() if p.is_dir())
 
 
 def main() -> int:
@@ -156,21 +200,19 @@ def main() -> int:
     parser.add_argument("folders", nargs="*", type=Path, help="default: every folder of benchmarks/results")
     parser.add_argument("--write", action="store_true", help="write docs/performance.md and docs/plots/")
     args = parser.parse_args()
-    folders = args.folders or sorted(p for p in (ROOT / "benchmarks" / "results").iterdir() if p.is_dir())
+    folders = args.folders or result_folders()
     docs = ROOT / "docs"
     try:
-        body = "".join(section(folder, docs / "plots" if args.write else None) for folder in folders)
+        text = page(folders) if args.write else "".join(section(folder) for folder in folders)
     except ValueError as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
     if not args.write:
-        print(body)
+        print(text)
         return 0
-    head = (
-        "# Performance\n\nWritten by `python scripts/report.py --write` from the rows in `benchmarks/results`; do not edit.\n"
-    )
-    head += "How things are measured: `benchmarks/common.py`.\n\n"
-    (docs / "performance.md").write_text(head + body)
+    for folder in folders:
+        draw(folder, docs / "plots")
+    (docs / "performance.md").write_text(text)
     print(f"{docs / 'performance.md'}: {len(folders)} folders")
     return 0
 

@@ -4,7 +4,7 @@ import csv
 import importlib
 import json
 import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]  # scripts, not
 import baseline  # noqa: E402
 import breakdown  # noqa: E402
 import common  # noqa: E402
+import loss_curves  # noqa: E402
 import report  # noqa: E402
 import roofline  # noqa: E402
 import train_step  # noqa: E402
@@ -385,35 +386,48 @@ def test_roofline_beside_measurements(tmp_path, capsys):
     assert "no row ceilings matmul-8192" in capsys.readouterr().err
 
 
-def _suite(tmp_path: Path, *arguments: str, python: str = "") -> subprocess.CompletedProcess:
-    fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\n" + python)
-    fake.chmod(0o755)
-    command = ["bash", str(ROOT / "scripts" / "gpu_suite.sh"), *arguments]
-    return subprocess.run(command, env=os.environ | {"PYTHON": str(fake)}, capture_output=True, text=True, timeout=120)
+def test_report_of_curves(tmp_path):
+    pytest.importorskip("matplotlib")
+    case = {"op": "loss_curves", "case": "124M-B4", "ms": ""}
+    curve = case | {"provider": "ours-triton", "pass": "seed 1337", "loss": "4.5678"}
+    verdicts = [case | {"provider": "ours-triton", "pass": "verdict", "error": "0.25"}]
+    verdicts += [
+        case | {"provider": "ours-triton", "pass": "verdict", "dtype": "fp32", "status": "wrong: 2 from it", "error": "3"}
+    ]
+    _rows(tmp_path / "a.csv", curve, *verdicts)
+    (tmp_path / "curves").mkdir()
+    lines = ["c,bf16,ours-triton,1337,1,3.5", "c,bf16,torch,1337,1,3.4"]
+    (tmp_path / "curves" / "c.csv").write_text("\n".join([",".join(loss_curves.COLUMNS), *lines]))
+    text = report.section(tmp_path, linked=True)
+    assert "| 124M-B4 bf16 | ours-triton | seed 1337 | 4.568 |  |" in text
+    assert "| 124M-B4 bf16 | ours-triton | verdict |  | 0.250 of the distance of two seeds |" in text
+    assert "- 124M-B4 verdict, ours-triton: wrong: 2 from it" in text
+    report.draw(tmp_path, tmp_path / "plots")
+    (plot,) = (tmp_path / "plots").iterdir()
+    assert f"](plots/{plot.name})" in text
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--out"], ["--minutes", "3"], ["--out", "x", "--minutes", "0"], ["--fast"]], ids=" ".join
-)
-def test_suite_rejects_bad_options(arguments, tmp_path):
-    done = _suite(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("gpu_suite.sh: ")
+def test_the_page_is_what_the_rows_say():
+    assert (ROOT / "docs" / "performance.md").read_text() == report.page(report.result_folders())
 
 
-def test_suite_goes_on_past_failures(tmp_path):
-    """One part fails, one hangs past its limit: the others run, the page says so, and the exit code is 1."""
-    python = 'case "$*" in *setup.py*) exit 3 ;; *layernorm*) sleep 60 ;; esac\necho "ran $1"\n'
-    done = _suite(tmp_path, "--out", str(tmp_path / "out"), "--minutes", "0.25", "--only", "build,ops", python=python)
-    summary = (tmp_path / "out" / "summary.md").read_text()
-    assert done.returncode == 1
-    assert "| build extension | failed (3)" in summary
-    assert "| attention | ok" in summary
-    assert "| layernorm | out of time" in summary
-    assert "| ceilings | no time left" in summary
-    assert "ran benchmarks/attention.py" in (tmp_path / "out" / "suite.log").read_text()
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["suite.log", "summary.md"]
+def test_every_number_of_the_readme_has_a_row():
+    """In its section Speed: each tokens/s, and what stands beside it in its line of a table."""
+    speed = (ROOT / "README.md").read_text().split("\n## Speed\n")[1].split("\n## ")[0]
+    steps = [r for folder in report.result_folders() for r in report.read(folder) if r["tokens_per_s"] and r["status"] == "ok"]
+    rows = {f"{float(r['tokens_per_s']):,.0f}": r for r in steps}
+    rates = re.findall(r"\b\d{1,3}(?:,\d{3})+\b", speed)
+    assert rates
+    assert set(rates) <= rows.keys()
+    units = {"ms": ("ms", 1), "MFU (nanoGPT's count)": ("mfu", 1), "peak memory": ("peak_mib", 1024)}
+    tables = [[cell.strip() for cell in line.strip("|").split("|")] for line in speed.splitlines() if line.startswith("|")]
+    header, _, *lines = tables
+    for line in lines:
+        row = rows[line[header.index("tokens/s")]]
+        for name, (column, divisor) in units.items():
+            cell = line[header.index(name)]
+            digits = float(re.match(r"[\d.]+", cell)[0])
+            assert digits == pytest.approx(float(row[column]) / divisor, abs=0.051), (line, name)
 
 
 @pytest.mark.triton
