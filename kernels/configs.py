@@ -46,6 +46,8 @@ def arch() -> int:
 @functools.cache
 def _arch(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
+    if major == 12:  # GeForce and RTX PRO of the Blackwell generation: the shared memory of sm_89, no wgmma
+        return 89
     return max(a for a in ARCHS if a <= major * 10 + minor)
 
 

@@ -4,6 +4,11 @@ Under the stand-in the decorators, annotations and constants of a kernel file ev
 reached: `dispatch` knows :data:`INSTALLED`.
 """
 
+import os
+
+# Kernels count on products and sums that become one instruction: Triton's default until 3.10, of which 3.9 warns
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 try:
     import triton
 except ModuleNotFoundError as error:

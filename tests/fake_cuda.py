@@ -13,6 +13,7 @@ Time is counted in works per stream; "seen" is what is finished for certain befo
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import subprocess
 import sys
@@ -21,13 +22,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
 
 aten = torch.ops.aten
-DEVICE = torch.device("cuda", 0)
+IMPLEMENTATION = "CompositeExplicitAutograd"  # the dispatch key of ops in Python
 ROOT = Path(__file__).parent.parent
 
 
@@ -86,7 +89,7 @@ def _where() -> str:
     frame = sys._getframe(1)
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path.parent.name != "tests":
+        if any(path.is_relative_to(ROOT / package) for package in ("nanogpt", "kernels")):
             return f"{path.stem}.{frame.f_code.co_qualname.split('.<locals>')[0]}"
         frame = frame.f_back
     return "?"
@@ -97,17 +100,19 @@ class FakeGPU(TorchDispatchMode):
 
     Args:
         capability: (9, 0) for an H100.
+        compiles: whether Triton compiles the kernels that it would launch, which takes seconds each.
 
     Attributes:
         syncs: waits for all that the device was given, by function.
         waits: waits for an event, by function.
-        ops: how often each op ran.
+        launches: how often each Triton kernel would run.
+        shared_memory: of each Triton kernel, the most bytes of a program.
     """
 
-    def __init__(self, monkeypatch, capability: tuple[int, int] = (9, 0)):
+    def __init__(self, monkeypatch, capability: tuple[int, int] = (9, 0), compiles: bool = False):
         super().__init__()
-        self.patch, self.capability = monkeypatch, capability
-        self.syncs, self.waits, self.ops = Counter(), Counter(), Counter()
+        self.patch, self.capability, self.compiles = monkeypatch, capability, compiles
+        self.syncs, self.waits, self.launches, self.shared_memory = Counter(), Counter(), Counter(), Counter()
         self.main = self.current = Stream(self)
         self.host = {}  # what the host knows to be finished
         self.last = {}  # by storage: (stream, its work) that wrote it last, stream that owns its memory, storage
@@ -136,6 +141,16 @@ class FakeGPU(TorchDispatchMode):
         }
         for name, function in cuda.items():
             self.patch.setattr(torch.cuda, name, function)
+        target = GPUTarget("cuda", 10 * self.capability[0] + self.capability[1], 32)
+        driver = {"target": target, "device": target.arch, "stream": 0}  # Triton keeps what it compiled by device
+        driver = {f"get_current_{name}": lambda *_, value=value: value for name, value in driver.items()}
+        self.patch.setattr(triton.runtime.driver, "_active", SimpleNamespace(**driver))
+        run = triton.JITFunction.run
+        self.patch.setattr(
+            triton.JITFunction, "run", lambda kernel, *args, **options: self.launch(run, kernel, *args, **options)
+        )
+        if not self.compiles:
+            self.patch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **variant: True)
         self.patch.setattr(Tensor, "record_stream", lambda t, stream: self.shared.add((_storage(t), stream)))
         self.patch.setattr(Tensor, "backward", backward)
         self.patch.setattr(FakeTensor, "tolist", lambda t: _nested(self._value(t), t.shape))
@@ -171,7 +186,6 @@ class FakeGPU(TorchDispatchMode):
             return self._value(*args)
         fused = func.overloadpacket is aten._fused_adamw_  # has no fake of PyTorch's
         out = None if fused else func(*args, **kwargs)
-        self.ops[func.overloadpacket] += 1
         if kwargs.get("pin_memory"):
             self.pinned[_storage(out)] = out.untyped_storage()
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -186,7 +200,30 @@ class FakeGPU(TorchDispatchMode):
         else:
             strangers = [tuple(t.shape) for t in hosts if t.dim() or func.namespace == "nanogpt"]
             assert not strangers, f"{_where()}: {func} of tensors on the device and {strangers} on the host"
+        if func.namespace == "nanogpt" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), IMPLEMENTATION):
+            self._implementation(func, args, kwargs, out)
         return out
+
+    def _implementation(self, func, args: tuple, kwargs: dict, out: object) -> None:
+        """What torch.compile sees of an op must be what its Python makes, up to the launches."""
+        super().__enter__()  # its ops are under the same rules
+        try:
+            made = func._op_dk(IMPLEMENTATION, *args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
+        for ours, theirs in zip(tree_leaves(out), tree_leaves(made), strict=True):
+            assert _layout(ours) == _layout(theirs), f"{func}: {_layout(theirs)} and its fake {_layout(ours)}"
+
+    def launch(self, run, kernel, *args, grid: tuple[int, ...], warmup: bool, **options) -> None:
+        """In place of ``kernel[grid](...)``: everything but the launch."""
+        name = f"{kernel.__module__.removeprefix('kernels.')}.{kernel.__name__}"
+        tensors = [getattr(x, "base", x) for x in (*args, *options.values())]  # of a descriptor
+        assert all(t.is_cuda for t in tensors if isinstance(t, Tensor)), f"{name}: a tensor on the host"
+        assert all(0 < n < 2**31 for n in grid), f"{name}: a grid of {grid}"
+        self.launches[name] += 1
+        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        if compiled is not None:
+            self.shared_memory[name] = max(self.shared_memory[name], compiled.metadata.shared)
 
     def _value(self, t: Tensor) -> int:
         """The host reads a value: 1 of the device's, 0 of one that was copied for it."""
@@ -224,6 +261,10 @@ class FakeGPU(TorchDispatchMode):
 
 def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
+
+
+def _layout(t: Tensor) -> tuple:
+    return tuple(t.shape), t.stride(), t.dtype, t.device
 
 
 def _nested(value: int, shape: torch.Size) -> list | int:

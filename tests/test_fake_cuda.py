@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from kernels import dispatch, extension
+pytest.importorskip("triton")
+from kernels import configs, dispatch, extension
 from nanogpt import resume, train
 from nanogpt.data import loader
 from tests import runs
 from tests.fake_cuda import FakeGPU, build_guard
+from tests.helpers import INTERPRET
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler"),
+    pytest.mark.filterwarnings("error", "ignore:Accessing the data pointer of FakeTensor"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +31,23 @@ def guard(tmp_path_factory):
 
 
 @pytest.fixture
-def gpu(monkeypatch, guard):
-    """Its context; the CUDA extension's ops are there as schemas and fakes."""
-    found = extension.unavailable
-    monkeypatch.setattr(extension, "unavailable", lambda op, backend: "" if backend == "cuda" else found(op, backend))
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
-    dispatch.use("auto")
-    gpu = FakeGPU(monkeypatch)
-    monkeypatch.setattr(loader, "_fill", gpu.fill)
-    yield gpu
+def fake(monkeypatch, guard):
+    """Makes a fake GPU; the CUDA extension's ops are there as schemas and fakes, if it is built."""
+    configs._arch.cache_clear()
+
+    def make(built=True, **options):
+        found = extension.unavailable
+        monkeypatch.setattr(
+            extension, "unavailable", lambda op, b: found(op, b) if b != "cuda" else "" if built else "not built"
+        )
+        dispatch.use("auto")
+        gpu = FakeGPU(monkeypatch, **options)
+        monkeypatch.setattr(loader, "_fill", gpu.fill)
+        return gpu
+
+    yield make
+    monkeypatch.undo()
+    configs._arch.cache_clear()
     dispatch.use("auto")
 
 
@@ -56,7 +71,7 @@ def trained(gpu, monkeypatch, data, out_dir, **keys):
     for name, result in (("unsound", ""), ("save", True)):
         monkeypatch.setattr(resume, name, lambda *args, result=result: result)
     with gpu:
-        assert runs.run(data, out_dir, device="cuda", max_iters=6, timeout=0, **keys) == 0
+        assert runs.run(data, out_dir, **({"device": "cuda", "max_iters": 6, "timeout": 0} | keys)) == 0
 
 
 @pytest.mark.parametrize(
@@ -68,11 +83,32 @@ def trained(gpu, monkeypatch, data, out_dir, **keys):
         {"recompute": True, "dropout": 0.1, "checkpoint_minutes": 1e-9},
         {"freeze": 1, "dtype": "float16"},
         {"kernels": "torch", "dropout": 0.1},
+        {"built": False, "bias": True},
     ],
     ids=lambda keys: "-".join(f"{key}={value}" for key, value in keys.items()),
 )
-def test_the_host_waits_for_evaluations_and_for_the_step_before(gpu, monkeypatch, data, tmp_path, keys):
+def test_the_host_waits_for_evaluations_and_for_the_step_before(fake, monkeypatch, data, tmp_path, keys):
+    keys = dict(keys)
+    gpu = fake(built=keys.pop("built", True))
     trained(gpu, monkeypatch, data, tmp_path, **keys)
     assert dict(gpu.syncs) == {"train.evaluate": 3}
     reads = 6 + 3 * (2 * 3 - 1)  # of each update; of all batches but the last of three evaluations of two splits
     assert gpu.waits["distributed.Readback._arrived"] == reads
+
+
+# What one program may have, bytes of shared memory: A100, RTX 30 and 40, H100, B200, RTX 50.
+SHARED = {(8, 0): 166_912, (8, 6): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("capability", SHARED, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_the_step_of_gpt2_compiles_and_fits(fake, monkeypatch, data, tmp_path, capability):
+    gpu = fake(built=False, capability=capability, compiles=True)
+    sizes = {"n_layer": 1, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 12, "max_iters": 2, "eval_iters": 1}
+    trained(gpu, monkeypatch, data, tmp_path, **sizes)
+    module = "attention_hopper" if capability == (9, 0) else "attention"
+    expected = {f"{module}.{name}" for name in ("_fwd_kernel", "_dq_kernel", "_dkdv_kernel")}
+    expected |= {f"embedding._embedding_{name}_kernel" for name in ("fwd", "dwpe", "dwte", "runs")}
+    expected |= {"layernorm._layer_norm_fwd_kernel", "layernorm._layer_norm_bwd_kernel", "mlp._fwd_kernel", "mlp._bwd_kernel"}
+    assert set(gpu.shared_memory) == expected | {"cross_entropy._cross_entropy_kernel"}
+    assert {name: size for name, size in gpu.shared_memory.items() if size > SHARED[capability]} == {}
