@@ -13,7 +13,6 @@ Time is counted in works per stream; "seen" is what is finished for certain befo
 
 import contextlib
 import ctypes
-import functools
 import itertools
 import subprocess
 import sys
