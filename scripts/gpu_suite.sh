@@ -17,12 +17,13 @@
 #        startup  process start to the end of the first step, empty caches and filled ones
 #        truth    benchmarks/loss_curves.py, on tokens that must be there: --data or NANOGPT_DATA, else data/plays, which
 #                 `python -m nanogpt.data.prepare plays` makes
-#        step350, step1558   ours and the strongest baseline
+#        step350, step1558   ours and the strongest baseline, at B=32 and B=16
+#        batch1558           the baseline at B=24, which its memory allows; ours needs --recompute there
 # liger-kernel, quack-kernels and cut-cross-entropy take part in ops where they are installed or on PYTHONPATH. Results of several
 # calls make one page when each results.csv lies under a name of its own in one folder of benchmarks/results.
 set -uo pipefail
 
-parts="build,step124,tests,ops,sanitize,startup,truth,step350,step1558"
+parts="build,step124,tests,ops,sanitize,startup,truth,step350,step1558,batch1558"
 out="" minutes=9 only="build,step124,tests" data=${NANOGPT_DATA:-data/plays}
 usage() { echo "gpu_suite.sh: $1 (--out DIR [--minutes N] [--only $parts] [--data DIR])" >&2; exit 2; }
 wanted() { case ",$only," in *",$1,"*) ;; *) return 1 ;; esac; }
@@ -83,7 +84,8 @@ if wanted tests; then
     part "tests" 600 "$python" -m pytest -q -rfE $workers -m "gpu or triton" --junitxml "$out/junit.xml" tests
 fi
 if wanted ops; then
-    for op in attention cross_entropy mlp layernorm optimizer embedding ceilings; do
+    bench attention 60 attention --quick --providers ours,flash,cudnn,flash-attn
+    for op in cross_entropy mlp layernorm optimizer embedding ceilings; do
         bench "$op" 90 "$op" --quick
     done
 fi
@@ -92,6 +94,7 @@ wanted startup && bench "start-up" 170 train_step --startup --size 124M --provid
 wanted truth && bench "training truth" 180 loss_curves --size 124M --kernels triton --data "$data" --seconds 140 --plot
 wanted step350 && bench "step 350M" 150 train_step --quick --size 350M --providers ours,compile-cudnn-low
 wanted step1558 && bench "step 1558M" 350 train_step --quick --size 1558M --providers ours,compile-cudnn-low
+wanted batch1558 && bench "step 1558M, B=24" 350 train_step --quick --size 1558M --batch 24 --providers compile-cudnn-low
 
 {
     echo "# GPU suite, $(date -u +%F)"

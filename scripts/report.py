@@ -69,6 +69,14 @@ def best(values: dict[str, float], lowest: bool) -> str:
     return (min if lowest else max)(values, key=values.__getitem__) if values else ""
 
 
+def to_the_best_peer(found: dict[str, Row], unit: str) -> str:
+    """How much faster the fastest of ours is than the fastest of the others; ours on PyTorch's references is neither."""
+    costs = {n: float(r["ms"]) if unit == "ms" else 1 / float(r[unit]) for n, r in found.items() if n != "ours-torch"}
+    ours = min((cost for name, cost in costs.items() if name.startswith("ours")), default=0.0)
+    peer = min((cost for name, cost in costs.items() if not name.startswith("ours")), default=0.0)
+    return f"{peer / ours:.2f}x" if ours and peer else ""
+
+
 def op_tables(rows: list[Row]) -> str:
     """For each pass: a line per case, a column per provider, the fastest in bold, ours against the best peer."""
     text = ""
@@ -86,10 +94,15 @@ def op_tables(rows: list[Row]) -> str:
             for name in names:
                 row = found.get(name)
                 value = number(row[unit]) + (f" ({number(row['percent'])}%)" if row["percent"] else "") if row else ""
+                if row and row["peak_mib"] and pass_ == "both":
+                    value += f", {number(row['peak_mib'])} MiB"
                 cells.append(f"**{value}**" if name == fastest and len(found) > 1 else value)
-            lines.append(cells)
+            lines.append([*cells, to_the_best_peer(found, unit)])
         ceiling = " (percent of the measured ceiling)" if any(r["percent"] for r in timed) else ""
-        text += f"{pass_}, {UNITS[unit]}{ceiling}\n\n" + table(["case", *names], lines) + "\n"
+        header = ["case", *names, "ours to the best peer"]
+        if not any(line[-1] for line in lines):
+            header, lines = header[:-1], [line[:-1] for line in lines]
+        text += f"{pass_}, {UNITS[unit]}{ceiling}\n\n" + table(header, lines) + "\n"
     return text
 
 

@@ -344,10 +344,19 @@ def test_report_prints_what_rows_hold(tmp_path):
     failed = {"provider": "cudnn", "pass": "check", "status": "failed: no kernel", "ms": ""}
     _rows(tmp_path / "a.csv", ours | {"tflops": "250"}, ours, peer, failed)
     text = report.section(tmp_path)
-    assert "| T64 bf16 | **291** | 229 |" in text  # the last of two measurements, the faster in bold
+    assert "| T64 bf16 | **291** | 229 | 1.27x |" in text  # the last of two measurements, the faster in bold
     assert "`python benchmarks/x.py`" in text
     assert "commit abc" in text
     assert "T64 check, cudnn: failed: no kernel" in text
+
+
+def test_report_compares_ours_with_peers_only(tmp_path):
+    """In whatever unit; the memory of a case that is timed as a whole."""
+    head = {"pass": "both", "provider": "ours", "ms": "2", "peak_mib": "1889.9"}
+    _rows(tmp_path / "a.csv", head, head | {"provider": "ours-torch", "ms": "1"}, head | {"provider": "torch", "ms": "5"})
+    assert "| T64 bf16 | 2, 1,890 MiB | **1, 1,890 MiB** | 5, 1,890 MiB | 2.50x |" in report.section(tmp_path)
+    _rows(tmp_path / "a.csv", head, head | {"provider": "ours-cache"})
+    assert "best peer" not in report.section(tmp_path)
 
 
 @pytest.mark.parametrize("column", ["commit", "device", "command"])
