@@ -269,7 +269,7 @@ class Bench:
 
 
 _SHOWN = {"ms": "ms", "tflops": "TFLOP/s", "gbps": "GB/s", "percent": "% of ceiling", "tokens_per_s": "tokens/s"}
-_SHOWN |= {"mfu": "% mfu", "mfu_causal": "% mfu_causal", "peak_mib": "MiB", "error": "x torch's error"}
+_SHOWN |= {"mfu": "% mfu", "mfu_causal": "% mfu_causal", "peak_mib": "MiB", "error": "x torch's error", "loss": "loss"}
 
 
 def failure(error: Exception) -> str:

@@ -67,7 +67,8 @@ def cut_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return linear_cross_entropy(x, weight.to(x.dtype), targets, ignore_index=-1)
 
 
-# Where they are installed, or on PYTHONPATH. APIs as of liger-kernel 0.8.5 and quack-kernels 0.6.5.
+# Where they are installed, or on PYTHONPATH. APIs as of liger-kernel 0.8.5 and quack-kernels 0.6.5; the latter's import fails
+# unless it and nvidia-cutlass-dsl lie in a folder named site-packages.
 PEERS = {"liger_kernel": liger, "quack": quack, "cut_cross_entropy": cut_cross_entropy}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck")
 FOREIGN = "at6native|cublas|cutlass|gemm|nvjet|splitK|xmma|3cub"  # in mangled names
-OPTIONS = ["--target-processes", "application-only", "--error-exitcode", "1", "--print-limit", "20"]
+OPTIONS = ["--target-processes", "application-only", "--launch-timeout", "60", "--error-exitcode", "1", "--print-limit", "20"]
 OPTIONS += ["--show-backtrace", "device", "--report-api-errors", "no", "--kernel-name-exclude", f"regex={FOREIGN}"]
 
 
@@ -146,10 +146,10 @@ def main() -> int:
     command = [sys.executable, __file__, "--device", args.device, "--run"]
     if subprocess.run([*command, "plain"], env=environment).returncode:
         return 1
-    running = [
-        subprocess.Popen([sanitizer, "--tool", tool, "--prefix", f"== {tool}", *OPTIONS, *command, tool], env=environment)
-        for tool in tools
-    ]
+    running = []
+    for i, tool in enumerate(tools):
+        own = ["--tool", tool, "--prefix", f"== {tool}", "--port", str(49152 + 10 * i)]
+        running.append(subprocess.Popen([sanitizer, *own, *OPTIONS, *command, tool], env=environment))
     codes = {tool: process.wait() for tool, process in zip(tools, running)}
     for tool, code in codes.items():
         print(f"{tool}: {f'exit code {code}' if code else 'nothing found'}", flush=True)
