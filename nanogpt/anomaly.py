@@ -140,13 +140,19 @@ def _recorder(name: str, activations: dict, gradients: dict) -> Callable[[nn.Mod
     return record
 
 
+OUT_OF_MEMORY = (
+    r"DefaultCPUAllocator",
+    r'"aten::(new_)?(empty|zeros|full)\w*".*call failed',  # in our compiled kernels, whose ABI passes on only the fact
+    r"CUDA(?: error:|\]:) out of memory",  # what is not PyTorch's allocator's: pinned memory, code that Triton loads
+    r"CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a lack of memory: the GPU's or the CPU's, PyTorch's, Python's, or met in one of our compiled kernels,
-    through whose ABI of an allocation's failure only the fact arrives."""
+    """Whether an error is a lack of memory, the GPU's or the CPU's, whoever met it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error)
-    return "DefaultCPUAllocator" in text or re.search(r'"aten::(new_)?(empty|zeros|full)\w*".*call failed', text) is not None
+    return re.search("|".join(OUT_OF_MEMORY), str(error)) is not None
 
 
 def memory_advice(config: TrainConfig, device: torch.device, error: BaseException) -> str:

@@ -104,6 +104,7 @@ def setup(config: TrainConfig) -> Run:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # else a write more of each new tensor
     dispatch.use(config.kernels)
     world = distributed.init(config)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, pairs of bfloat16 numbers on CPUs with AMX

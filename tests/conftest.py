@@ -37,6 +37,8 @@ def _defaults():
     # A trainer in an earlier test of this process may have changed these; PyTorch's own sums depend on the number of threads.
     torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     dispatch._resolve.cache_clear()  # an earlier test may have said of a backend that it is there, or is not
 
 

@@ -5,8 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 from kernels import configs, dispatch, extension
-from nanogpt import resume, train
+from nanogpt import generate, resume, train
+from nanogpt.config import GPTConfig
 from nanogpt.data import loader
+from nanogpt.model import GPT
+from nanogpt.saver import Saver
 from tests import runs
 from tests.fake_cuda import FakeGPU, build_guard
 from tests.helpers import INTERPRET
@@ -112,3 +115,28 @@ def test_the_step_of_gpt2_compiles_and_fits(fake, monkeypatch, data, tmp_path, c
     expected |= {"layernorm._layer_norm_fwd_kernel", "layernorm._layer_norm_bwd_kernel", "mlp._fwd_kernel", "mlp._bwd_kernel"}
     assert set(gpu.shared_memory) == expected | {"cross_entropy._cross_entropy_kernel"}
     assert {name: size for name, size in gpu.shared_memory.items() if size > SHARED[capability]} == {}
+
+
+def test_a_save_waits_once_for_all_of_its_copies(fake, monkeypatch, tmp_path):
+    gpu, saver, written = fake(), Saver(tmp_path, keep=2), []
+    monkeypatch.setattr(saver, "_write", lambda step, model, optim, state: written.append(model | optim))
+    with gpu:
+        model, optim = ({name: torch.ones(3, 5, device="cuda") for name in names} for names in ("wb", "mv"))
+        for step in (1, 2):
+            assert saver.save(step, model, optim, {})
+        saver.close()
+        assert dict(gpu.syncs) == {"saver.Saver.save": 2}
+        assert [t.tolist() for t in written[0].values()] == [[[0] * 5] * 3] * 4  # refused where they have not arrived
+
+
+def test_the_host_need_not_wait_for_a_token(fake):
+    gpu = fake()
+    with gpu:
+        with torch.device("cuda", 0):
+            model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128, block_size=16, vocab_size=96), torch.bfloat16)
+            idx = torch.zeros(3, 5, dtype=torch.int64)
+        gpu.syncs.clear()
+        out = generate.generate(model, idx, 14, temperature=0.8, top_k=20, top_p=0.9, vocab_size=90)
+    assert (out.shape, out.device.type, dict(gpu.syncs)) == ((3, 19), "cuda", {})
+    # The prompt, eleven tokens behind it, then two whole windows; the last token is read by none
+    assert (gpu.launches["attention._fwd_kernel"], gpu.launches["decode._decode_kernel"]) == (2 * 3, 2 * 11)

@@ -603,9 +603,22 @@ def test_r18_the_flags_exist(keys, flags):
     assert re.search(r"try (.*) \(CUDA out of memory\.\)$", message)[1].split(", or ") == flags
     for flag in flags:
         load(TrainConfig, flag.split())
-    assert not anomaly.out_of_memory(RuntimeError("shape mismatch"))
-    assert anomaly.out_of_memory(MemoryError())
-    assert not anomaly.out_of_memory(RuntimeError('torch_call_dispatcher("aten::copy_", "") API call failed'))
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("shape mismatch"), False),
+        (RuntimeError('torch_call_dispatcher("aten::copy_", "") API call failed'), False),
+    ],
+)
+def test_r18_what_is_a_lack_of_memory(error, lacks):
+    assert anomaly.out_of_memory(error) == lacks
 
 
 # R19: injection

@@ -501,6 +501,31 @@ def test_compiled_follows_eager(data, tmp_path, monkeypatch):
     assert not any(name.startswith("_orig_mod") for name in names)
 
 
+def test_a_deterministic_run_does_not_fill_new_memory(data, tmp_path):
+    assert run(data, tmp_path, deterministic=True, max_iters=2) == 0
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_no_update_on_a_gpu(data, tmp_path, monkeypatch):
+    begin = train.train
+
+    def strict(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return begin(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(train, "train", strict)
+    monkeypatch.setattr(train, "evaluate", lambda *args: {})  # it waits once for its sums
+    monkeypatch.setattr(train.resume, "save", lambda *args: True)
+    monkeypatch.setattr(train.resume, "unsound", lambda *args: "")
+    assert run(data, tmp_path, device="cuda", spike_guard=True, dropout=0.1) == 0
+    assert len(losses(tmp_path)) == 12
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_r10_deterministic_on_a_gpu_stopped_and_resumed(data, tmp_path, dtype):
