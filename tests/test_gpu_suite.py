@@ -87,7 +87,7 @@ def test_tests_out_of_time_leave_their_report(tmp_path, workers):
     (tmp_path / "test_slow.py").write_text(slow)
     junit, test = tmp_path / "out" / "junit.xml", tmp_path / "test_slow.py"
     real = f"exec {sys.executable} -m pytest -q -p no:cacheprovider {' '.join(workers)} --junitxml {junit} {test}"
-    done = suite(tmp_path, "--out", "out", "--minutes", "0.1", "--only", "tests", python=f'[ "$2" != pytest ] || {real}\n')
+    done = suite(tmp_path, "--out", "out", "--minutes", "0.2", "--only", "tests", python=f'[ "$2" != pytest ] || {real}\n')
     assert "| tests | out of time" in done.stdout
     (found,) = ElementTree.parse(junit).iter("testsuite")
     assert 1 <= int(found.get("tests")) < 40
