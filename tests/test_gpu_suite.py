@@ -94,6 +94,7 @@ def test_tests_out_of_time_leave_their_report(tmp_path, workers):
     assert found.get("failures") == "0"
 
 
+@pytest.mark.slow
 def test_every_part_in_its_smallest_form(tmp_path):
     """The options that each part gives are ones its command has; rows, page, curves and plot are there at the end."""
     pytest.importorskip("matplotlib")
