@@ -49,7 +49,7 @@ with FakeTensorMode():
     torch.ops.nanogpt.linear_gelu_(x, w_fc, b_fc, post, pre)
     torch.ops.nanogpt.linear_dgelu_(x, w_proj, pre, post, b_fc)
     parameters = w_fc, b_fc, w_proj, None
-    y, post, pre = mlp._mlp_fwd(x, *parameters, *parameters, True, True, True)
+    y, post, pre = mlp._mlp_fwd(x, *parameters, True, True, True)
     grads = mlp._mlp_bwd(torch.empty_like(y), x, post, pre, w_fc, w_proj, True, False, True)
     if [g.shape for g in grads] != [(6, 16), (32, 16), (32,), (16, 32), (0,)]:
         raise SystemExit(f"the MLP on cuBLASLt, of fake CUDA tensors: {grads}")
