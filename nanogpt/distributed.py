@@ -271,7 +271,7 @@ class Readback:
         if self.lag:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             host.copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(blocking=True)  # to wait for most of a step without keeping a core busy
             event.record()
             values = host
         self.pending.append((it, values, event))
