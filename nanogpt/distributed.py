@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanogpt import config as options
 from nanogpt.config import TrainConfig
 
 T = TypeVar("T")
@@ -96,6 +97,20 @@ def abandoning(code: int) -> Iterator[None]:
     finally:
         if dist.is_initialized():
             _exit(code)
+
+
+def fail(error: Exception, prog: str) -> NoReturn:
+    """As :func:`nanogpt.config.fail`; in a process group, the line names the rank, and ranks that make the same mistake, as all
+    may, say so once."""
+    with abandoning(2):
+        if not dist.is_initialized():
+            options.fail(error, prog)
+        said = False
+        with suppress(RuntimeError):  # the store is gone with its process
+            said = dist.distributed_c10d._get_default_store().add(f"said/{str(error)!a}", 1) > 1
+        if not said:
+            print(f"{prog}: rank {dist.get_rank()}: {error}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def _exit(code: int) -> NoReturn:

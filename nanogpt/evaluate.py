@@ -21,7 +21,7 @@ import torch
 
 from kernels import dispatch
 from nanogpt import data, distributed, hellaswag, pretrained, tokenizer
-from nanogpt.config import TrainConfig, check_init_from, fail, key, parse
+from nanogpt.config import TrainConfig, check_init_from, key, parse
 from nanogpt.data.shards import Shard, open_dataset
 from nanogpt.distributed import World
 from nanogpt.model import GPT
@@ -265,8 +265,7 @@ def main(config: EvaluateConfig) -> int:
     try:
         figures = run(config)
     except (ValueError, OSError) as error:
-        with distributed.abandoning(2):
-            fail(error, "evaluate")
+        distributed.fail(error, "evaluate")
     if os.environ.get("RANK", "0") == "0":
         plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
         print(json.dumps(plain, allow_nan=False) if config.json else report(figures), flush=True)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanogpt.config import TrainConfig, check_data, fail, parse
+from nanogpt.config import TrainConfig, check_data, parse
 
 if __name__ == "__main__":  # ahead of the heavy imports, so that a mistake is answered at once
     STARTED = time.time()
@@ -389,8 +389,7 @@ def main(config: TrainConfig, started: float | None = None) -> int:
                 tokenizer.save_beside(run.data_dir, run.out_dir)
                 monitor.write_status(run.out_dir, run.it, "running")
     except (ValueError, OSError) as error:
-        with distributed.abandoning(2):
-            fail(error, "train")
+        distributed.fail(error, "train")
     except (MemoryError, RuntimeError) as error:
         if not anomaly.out_of_memory(error):
             raise

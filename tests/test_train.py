@@ -183,6 +183,29 @@ def test_two_processes_follow_one(data, tmp_path):
     assert np.abs(np.subtract(*evals)).max() < 1e-4
 
 
+MISTAKEN = """
+import os, sys
+from nanogpt import config, train
+ranks, find = sys.argv[1].split(","), train.find
+def unreadable(dataset):
+    if os.environ["RANK"] in ranks:
+        raise PermissionError(13, "Permission denied", "train.bin")
+    return find(dataset)
+train.find = unreadable
+sys.exit(train.main(config.load(config.TrainConfig, sys.argv[2:])))
+"""
+
+
+@pytest.mark.parametrize("ranks", ["1", "0,1"])
+def test_a_mistake_of_any_rank_is_told_once(data, tmp_path, ranks):
+    script = tmp_path / "mistaken.py"
+    script.write_text(MISTAKEN)
+    code, _, err = start([*TORCHRUN, script, ranks, *arguments(data, tmp_path / "out")])
+    told = re.findall(r"train: rank (\d): (.*)\n", err)
+    assert (code, [line for _, line in told]) == (1, ["[Errno 13] Permission denied: 'train.bin'"]), err
+    assert told[0][0] in ranks
+
+
 def test_r04_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, caplog):
     run(data, tmp_path)
     reference = losses(tmp_path)
