@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MODEL, OPTIM, STATE, MANIFEST = "model.safetensors", "optim.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIM, STATE)
+PIECE = 64 << 20  # bytes that are written and forced to disk between two signs of progress
+READ = 1 << 20  # bytes of them that are read
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 
 
@@ -49,7 +51,7 @@ def save(
         step: N, completed updates.
         model, optim: tensors by name, on any device.
         state: what JSON can hold.
-        progress: called after each tensor and each file.
+        progress: called after each piece that is on disk.
 
     Returns:
         The path of OUT/step-N.
@@ -66,9 +68,9 @@ def save(
         partial.mkdir()
         for name, tensors in ((MODEL, model), (OPTIM, optim)):
             manifest["files"][name], manifest["tensors"][name] = _write_tensors(partial / name, tensors, progress)
-        manifest["files"][STATE] = _write(partial / STATE, [json.dumps(state, allow_nan=False).encode()])
+        manifest["files"][STATE] = _write(partial / STATE, [json.dumps(state, allow_nan=False).encode()], progress)
         manifest["sha256"] = digest(manifest)
-        _write(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        _write(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()], progress)
         _sync(partial)
         if final.exists():
             replaced = out_dir / f".replaced-step-{step}"
@@ -101,29 +103,37 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], progress: Callable[[]
     def chunks() -> Iterable[memoryview | bytes]:
         yield len(head).to_bytes(8, "little") + head
         for name, t in tensors.items():
-            data = _bytes(t)
-            entries[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "sha256": hashlib.sha256(data).hexdigest()}
-            yield data
-            progress()
+            data, digest = _bytes(t), hashlib.sha256()
+            for start in range(0, len(data), PIECE):
+                piece = data[start : start + PIECE]
+                digest.update(piece)
+                yield piece
+            entries[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "sha256": digest.hexdigest()}
 
-    written = _write(path, chunks())
-    progress()  # forcing it to disk may have taken long
-    return written, entries
+    return _write(path, chunks(), progress), entries
 
 
 def _bytes(t: Tensor) -> memoryview:
     return memoryview(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())
 
 
-def _write(path: Path, chunks: Iterable[memoryview | bytes]) -> dict:
-    digest, size = hashlib.sha256(), 0
+def _write(path: Path, chunks: Iterable[memoryview | bytes], progress: Callable[[], None]) -> dict:
+    digest, size, synced = hashlib.sha256(), 0, 0
     with open(path, "wb") as file:
+
+        def sync() -> None:
+            file.flush()
+            os.fsync(file.fileno())
+            progress()
+
         for chunk in chunks:
             file.write(chunk)
             digest.update(chunk)
             size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+            if size - synced >= PIECE:  # all at the end may take long, and would show no progress
+                sync()
+                synced = size
+        sync()
     return {"size": size, "sha256": digest.hexdigest()}
 
 
@@ -181,21 +191,28 @@ def steps(out_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def verify(path: Path) -> None:
+def verify(path: Path, progress: Callable[[], None] = lambda: None) -> None:
     """Compares every byte of a checkpoint with its manifest.
+
+    Args:
+        path: OUT/step-N.
+        progress: called as reading gets on.
 
     Raises:
         ValueError: naming the file, and the tensor, that is missing, cut short, altered or unreadable.
     """
     manifest = check_sizes(path)
     for name in FILES:
+        digest = hashlib.sha256()
         try:
             with open(path / name, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                while piece := file.read(READ):
+                    digest.update(piece)
+                    progress()
         except OSError as error:
             raise ValueError(f"{path / name}: {error.strerror}") from error
-        if digest != manifest["files"][name]["sha256"]:
-            raise ValueError(f"{path / name}: {_altered(path / name, manifest['tensors'].get(name, {}))}")
+        if digest.hexdigest() != manifest["files"][name]["sha256"]:
+            raise ValueError(f"{path / name}: {_altered(path / name, manifest['tensors'].get(name, {}), progress)}")
 
 
 def check_sizes(path: Path) -> dict:
@@ -231,7 +248,7 @@ def digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _altered(path: Path, entries: dict) -> str:
+def _altered(path: Path, entries: dict, progress: Callable[[], None]) -> str:
     """Which part of a file whose hash is wrong differs."""
     if path.suffix == ".safetensors":
         try:
@@ -241,6 +258,7 @@ def _altered(path: Path, entries: dict) -> str:
         for name, entry in entries.items():
             if name in tensors and hashlib.sha256(_bytes(tensors[name])).hexdigest() != entry["sha256"]:
                 return f"tensor {name} was altered"
+            progress()
         return "its header was altered"
     return "its content was altered"
 

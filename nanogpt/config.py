@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 PRESETS = Path(__file__).parent / "configs"
+DEVICES = r"auto|cpu|mps|cuda(:\d{1,4})?"
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 T = TypeVar("T")
 
@@ -121,7 +122,7 @@ class TrainConfig:
     patience: int = key(0, "evaluations in a row without a better validation loss that end the run (0: never)")
     max_tokens: int = key(0, "tokens trained on in all that end the run, if max_iters does not earlier (0: no limit)")
     max_hours: float = key(0.0, "save and stop, to be resumed, before this process has run so long (0: no limit)")
-    timeout: float = key(600.0, "seconds without progress after which a run ends and names the process that hangs (0: never)")
+    timeout: float = key(600.0, "seconds without progress (such as 64 MiB more of a checkpoint on disk) that end a run and name what hangs (0: never)")
     allow_fault_injection: bool = key(False, "obey NANOGPT_FAULT, for tests")
 
     backend: str = key("auto", "of torch.distributed: auto is nccl on GPUs, gloo on CPUs", "System", ("auto", "nccl", "gloo"))
@@ -174,7 +175,7 @@ class TrainConfig:
             message = f"must be a positive multiple of eval_interval={self.eval_interval}, whose evaluations it is part of"
             holds = self.eval_hellaswag_interval > 0 and self.eval_hellaswag_interval % self.eval_interval == 0
             require("eval_hellaswag_interval", holds, message)
-        device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
+        device = re.fullmatch(DEVICES, self.device)
         require("device", device, "expected auto, cpu, cuda, cuda:N or mps")
         check_init_from(self.init_from, ("scratch", "resume"))
         n = int(os.environ.get("WORLD_SIZE", "1"))

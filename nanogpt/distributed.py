@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogpt import config as options
-from nanogpt.config import TrainConfig
+from nanogpt.config import DEVICES, TrainConfig
 
 T = TypeVar("T")
 
@@ -146,14 +147,16 @@ def pick_device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
         local_rank: this process, of ``size`` on this machine.
 
     Raises:
-        ValueError: where it is not there, or not there for each process: the first one, which prints, must fail with the last.
+        ValueError: where it is none of these, not there, or not there for each process: the first one, which prints, must fail with the last.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device=mps: not available in torch {torch.__version__} on this machine")
-    if not name.startswith("cuda"):
+    if name in ("cpu", "mps"):
         return torch.device(name)
+    if not re.fullmatch(DEVICES, name):
+        raise ValueError(f"device={name}: expected auto, cpu, cuda, cuda:N or mps")
     count = torch.cuda.device_count()
     if count == 0:
         raise ValueError(f"device={name}: torch {torch.__version__} sees no GPU; use --device=cpu")

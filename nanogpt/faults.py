@@ -116,11 +116,11 @@ def _after(run: "Run", module: nn.Module, faults: list[Fault], loss: Tensor) -> 
 def _fill_disk(faults: list[Fault]) -> None:
     write, saves = checkpoint._write, 0
 
-    def full(path: Path, chunks: object) -> dict:
+    def full(path: Path, *content: object) -> dict:
         nonlocal saves
         saves += path.name == checkpoint.MODEL  # the first file of each save
         if any(fault.first <= saves <= fault.last for fault in faults):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return write(path, chunks)
+        return write(path, *content)
 
     checkpoint._write = full

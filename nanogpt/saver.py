@@ -100,7 +100,7 @@ class Saver:
 
     def _write(self, step: int, model: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any]) -> None:
         checkpoint.save(self.out_dir, step, model, optim, state, self.progress)
-        prune(self.out_dir, self.keep)
+        prune(self.out_dir, self.keep, self.progress)
 
 
 def _report(attempt: Callable[[], object]) -> bool:
@@ -190,7 +190,7 @@ def _forget(out_dir: Path, reached: int) -> None:
             checkpoint.discard(path)
 
 
-def prune(out_dir: Path, keep: int) -> None:
+def prune(out_dir: Path, keep: int, progress: Callable[[], None] = lambda: None) -> None:
     """Keeps the newest ``keep`` whole checkpoints, the one with the lowest validation loss, and final ones.
 
     One that is damaged neither counts nor is removed, and nothing is removed before the newest that stays is verified in full.
@@ -208,12 +208,13 @@ def prune(out_dir: Path, keep: int) -> None:
         if keepers == whole.keys():
             break
         try:
-            checkpoint.verify(out_dir / f"step-{newest[-1]}")
+            checkpoint.verify(out_dir / f"step-{newest[-1]}", progress)
             break
         except ValueError as error:
             log.warning("%s", error)
             del whole[newest[-1]]
     for step in whole.keys() - keepers:
         remove(out_dir, step)
+        progress()
     if whole:
         _forget(out_dir, max(whole))

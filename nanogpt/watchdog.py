@@ -3,7 +3,7 @@
 Each process's loop says where it is; a thread beside it passes that on through the process group's store. A thread whose own
 process has made no progress for the time allowed compares all of them: one that has come less far than the others, or whose
 thread is silent as well, is the one that hangs. The others wait for it, typically in a collective, which names nobody. Where
-one gets on, as in a long save, which tells of each tensor, the others wait as long as it does.
+one gets on, as in a long save, which tells of each piece on disk, the others wait as long as it does.
 """
 
 import faulthandler

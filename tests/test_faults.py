@@ -444,6 +444,55 @@ def test_r16_a_long_save_is_no_hang(data, tmp_path, how):  # noqa: F811
     assert "no progress" not in err
 
 
+# 8 KB a second, for the first 10 seconds or for ever, so that no call of its own may take longer than --timeout
+SLOW_DISK = """
+import io, os, stat, sys, time
+from nanogpt import checkpoint, config, train
+what, checkpoint.PIECE, checkpoint.READ = sys.argv[1], 4096, 4096
+rate, left, fsync, forced = 8192, 10.0, os.fsync, {}
+def wait(size):
+    global left
+    if left > 0:
+        left -= size / rate
+        time.sleep(size / rate)
+def slow(descriptor):
+    found = os.fstat(descriptor)
+    if what == "hangs" and stat.S_ISREG(found.st_mode):
+        time.sleep(1000)
+    elif what == "writes" and stat.S_ISREG(found.st_mode):
+        wait(found.st_size - forced.get(found.st_ino, 0))
+        forced[found.st_ino] = found.st_size
+    fsync(descriptor)
+class Slow(io.FileIO):
+    def read(self, size=-1):
+        data = super().read(size)
+        wait(len(data))
+        return data
+    def readinto(self, buffer):
+        count = super().readinto(buffer)
+        wait(count)
+        return count
+os.fsync = slow
+if what == "reads":
+    checkpoint.open = lambda path, mode: Slow(os.fspath(path)) if mode == "rb" else open(path, mode)
+sys.exit(train.main(config.load(config.TrainConfig, sys.argv[2:])))
+"""
+
+
+@pytest.mark.parametrize("what", ["writes", "reads", "hangs"])
+def test_r16_a_slow_disk_is_no_hang_and_one_that_stands_still_is(data, tmp_path, what):  # noqa: F811
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_DISK)
+    keys = {"max_iters": 4, "lr_decay_iters": 4, "eval_interval": 1, "timeout": 2, "async_save": False}
+    code, _, err = start([script, what, *arguments(data, tmp_path / "out", **keys)])
+    if what == "hangs":
+        assert code == 1
+        assert re.search(r"rank 0: no progress for \d+ s, --timeout=2; hangs: rank 0 \(at saving\)", err), err
+    else:
+        assert (code, "no progress" in err) == (0, False), err
+        assert {3, 4} <= set(checkpoint.steps(tmp_path / "out")) and len(checkpoint.steps(tmp_path / "out")) < 4
+
+
 def test_r16_progress_keeps_the_watchdog_quiet():
     store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     alone = WATCHED.replace("World(rank, rank, 2", "World(0, 0, 1").replace('"cpu"), store)', '"cpu"))')

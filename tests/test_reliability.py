@@ -345,9 +345,9 @@ def slow_disk(monkeypatch):
     """Writing a file waits until the event is set."""
     go, write = threading.Event(), checkpoint._write
 
-    def waiting(path, chunks):
+    def waiting(*args):
         assert go.wait(60)
-        return write(path, chunks)
+        return write(*args)
 
     monkeypatch.setattr(checkpoint, "_write", waiting)
     return go
