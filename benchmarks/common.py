@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from timing import Stats, Work, ceilings, interleaved, quantiles  # noqa: F401 (for all benchmarks)
@@ -105,10 +105,28 @@ def slug(device_name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in device_name.lower().replace("nvidia", "")).split())
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Answers a mistake with one line, as the tools of ``nanogpt`` do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _device(name: str) -> str:
+    """The name of a device, if that is there."""
+    from nanogpt.distributed import pick_device
+
+    try:
+        found = pick_device(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return found.type if name == "auto" else name
+
+
+def parser(description: str) -> Parser:
     """The options every benchmark has."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     p.add_argument("--providers", type=lambda s: s.split(","), help="names, separated by commas; default: all")
     p.add_argument("--quick", action="store_true", help="fewer shapes and repetitions")
@@ -140,7 +158,12 @@ class Bench:
         self.facts = machine(args.device)
         out = args.out or ROOT / "benchmarks" / "results" / f"{slug(self.facts['device'])}-{self.facts['date']}"
         self.path = out if out.suffix == ".csv" else out / f"{op}.csv"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("a").close()
+        except (OSError, ValueError) as error:  # a NUL is a ValueError
+            print(f"--out={args.out}: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
         self.rows: list[dict] = []
         torch.manual_seed(1337)
         print(f"# {op}: " + ", ".join(f"{k} {v}" for k, v in self.facts.items() if v and k != "command"), flush=True)

@@ -24,6 +24,8 @@ import roofline  # noqa: E402
 import train_step  # noqa: E402
 
 CPU = ["--device", "cpu", "--tiny"]
+OPS = ("attention", "layernorm", "mlp", "cross_entropy", "embedding", "optimizer", "ceilings", "generate", "dataloader", "prepare")
+OPS += ("checkpoint", "train_step", "loss_curves")
 
 
 def run(op: str, out: Path, *more: str) -> common.Bench:
@@ -56,6 +58,32 @@ def test_smallest_form(op, providers, tmp_path):
     assert {r["op"] for r in rows} == {op}
     final = {(r["case"], r["provider"], r["pass"]): r["ms"] for r in bench.rows}
     assert [r["ms"] for r in rows] == list(final.values())
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--device=foo", "device=foo: expected auto, cpu, cuda, cuda:N or mps"),
+        ("--device=", "device=: expected auto, cpu, cuda, cuda:N or mps"),
+        ("--device=cuda:x", "device=cuda:x: expected auto, cpu, cuda, cuda:N or mps"),
+        ("--dtype=float64", "invalid choice: 'float64'"),
+    ],
+)
+def test_a_mistake_is_one_line(op, option, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(op).main([option])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "x" * 300, "\0", "/dev/null/rows"])
+def test_rows_that_cannot_be_written_are_known_before_measuring(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run("layernorm", out)
+    assert (stop.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
 
 
 @pytest.mark.slow
