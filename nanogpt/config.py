@@ -122,7 +122,7 @@ class TrainConfig:
     patience: int = key(0, "evaluations in a row without a better validation loss that end the run (0: never)")
     max_tokens: int = key(0, "tokens trained on in all that end the run, if max_iters does not earlier (0: no limit)")
     max_hours: float = key(0.0, "save and stop, to be resumed, before this process has run so long (0: no limit)")
-    timeout: float = key(600.0, "seconds without progress (such as 64 MiB more of a checkpoint on disk) that end a run and name what hangs (0: never)")
+    timeout: float = key(600.0, "seconds without progress, 64 MiB saved is some, that end a run and name what hangs (0: never)")
     allow_fault_injection: bool = key(False, "obey NANOGPT_FAULT, for tests")
 
     backend: str = key("auto", "of torch.distributed: auto is nccl on GPUs, gloo on CPUs", "System", ("auto", "nccl", "gloo"))

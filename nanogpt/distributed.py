@@ -147,7 +147,8 @@ def pick_device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
         local_rank: this process, of ``size`` on this machine.
 
     Raises:
-        ValueError: where it is none of these, not there, or not there for each process: the first one, which prints, must fail with the last.
+        ValueError: where it is none of these, not there, or not there for each process: the first one, which prints, must fail
+            with the last.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -24,8 +24,8 @@ import roofline  # noqa: E402
 import train_step  # noqa: E402
 
 CPU = ["--device", "cpu", "--tiny"]
-OPS = ("attention", "layernorm", "mlp", "cross_entropy", "embedding", "optimizer", "ceilings", "generate", "dataloader", "prepare")
-OPS += ("checkpoint", "train_step", "loss_curves")
+OPS = ("attention", "layernorm", "mlp", "cross_entropy", "embedding", "optimizer", "ceilings", "generate", "dataloader")
+OPS += ("prepare", "checkpoint", "train_step", "loss_curves")
 
 
 def run(op: str, out: Path, *more: str) -> common.Bench:
