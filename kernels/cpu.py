@@ -45,7 +45,7 @@ class _LayerNorm(Function):
 
 def _fp32(parameter: Tensor | None) -> Tensor | None:
     """As the kernels take it; mixed precision of PyTorch's own, such as FSDP2's, hands over 16-bit parameters."""
-    return None if parameter is None else parameter.float()
+    return None if parameter is None else parameter.float().contiguous()
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

@@ -65,7 +65,7 @@ def _arguments(config: dict, scale: float, q: Tensor, k: Tensor, v: Tensor, leng
 @custom_op("attention_decode")
 def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, scale: float) -> Tensor:
     B, H, _, D = k_cache.shape
-    q = q if q.stride(1) == 1 else q.contiguous()
+    q, length = q if q.stride(1) == 1 else q.contiguous(), length.contiguous()
     if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()
     out = torch.empty(B, H * D, dtype=q.dtype, device=q.device)

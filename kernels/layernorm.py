@@ -186,7 +186,7 @@ def _layer_norm_fwd(
     M = x2.shape[0]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = None if residual is None else torch.empty_like(y)
-    residual = None if residual is None else residual.contiguous()
+    residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
     statistics = torch.empty((2, M), dtype=torch.float32, device=x.device)
     mean, rstd = statistics.unbind()
     bucket, block = _bucket(C)
@@ -226,7 +226,7 @@ def _layer_norm_bwd(
     if r2.stride(1) != 1:
         r2 = r2.contiguous()
     M = r2.shape[0]
-    dy, dr_out = dy.contiguous(), None if dr_out is None else dr_out.contiguous()
+    dy, weight, dr_out = dy.contiguous(), weight.contiguous(), None if dr_out is None else dr_out.contiguous()
     dr = torch.empty(r.shape, dtype=r.dtype, device=r.device)
     dx = None if seed is None else torch.empty_like(dr)
     mean, rstd = statistics.unbind()

@@ -243,7 +243,7 @@ def _mlp_fwd(
     with torch.cuda.device_of(x):
         x, w = x.contiguous(), w_fc.contiguous()
         if lt:
-            post, slope = cublaslt.linear_gelu(x, w, b_fc, with_slope)
+            post, slope = cublaslt.linear_gelu(x, w, None if b_fc is None else b_fc.contiguous(), with_slope)
         else:
             post, slope = _gelu_fwd(x, w, b_fc, tanh, with_slope)
         return F.linear(post, w_proj, b_proj), post, slope

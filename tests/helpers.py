@@ -27,6 +27,12 @@ def assert_as_accurate(ours: Tensor, same_dtype: Tensor, exact: Tensor, factor: 
     assert error <= allowed, f"max error {error:.3g} > {allowed:.3g} allowed"  # NaN fails as well
 
 
+def strided(t: Tensor) -> Tensor:
+    """The same values with another between any two of them, NaN where there is one: what is read as contiguous shows."""
+    wide = torch.full([2 * n for n in t.shape], float("nan") if t.is_floating_point() else 0, dtype=t.dtype, device=t.device)
+    return wide[(slice(None, None, 2),) * t.dim()].copy_(t)
+
+
 @contextmanager
 def poisoned():
     """Fills `torch.empty` and its relatives with NaN, integers with their maximum: what a kernel forgets to write shows."""

@@ -322,7 +322,7 @@ def test_decode_continues_causal_attention():
 
 
 @triton_test
-@pytest.mark.parametrize("layout", ["a slice of the batch", "different strides", "columns apart"])
+@pytest.mark.parametrize("layout", ["a slice of the batch", "different strides", "columns apart", "lengths apart"])
 def test_decode_strided_caches(layout):
     q, k, v = caches(4, 2, 33, 16, torch.float32)
     length = lengths(33, 5)
@@ -331,6 +331,8 @@ def test_decode_strided_caches(layout):
         v = v.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "columns apart":
         q, k = (torch.stack([x, x], -1)[..., 0] for x in (q, k))
+    if layout == "lengths apart":
+        length = lengths(33, 1, 5)[::2]
     assert torch.equal(decode_attention(q[:2], k[1:3], v[1:3], length), wanted)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from kernels import configs, dispatch
 from kernels import cross_entropy as module
 from kernels.cross_entropy import cross_entropy, cross_entropy_ref, linear_cross_entropy, linear_cross_entropy_ref
-from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id, poisoned
+from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id, poisoned, strided
 
 
 @pytest.fixture(params=["triton", "cpp", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -257,17 +257,19 @@ def test_chunks_change_nothing(dtype):
 def test_noncontiguous():
     x, weight, targets = make(24, 16, 64, 64, torch.float32)
     want = run(lambda x, w: linear_cross_entropy(x, w, targets), x, weight)
-    strided = targets.repeat_interleave(2)[::2]
-    got = run(lambda x, w: linear_cross_entropy(x.t().contiguous().t(), w, strided), x, weight)
+    got = run(lambda x, w: linear_cross_entropy(x.t().contiguous().t(), w, strided(targets)), x, weight)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+    got = run(lambda x, w: linear_cross_entropy(strided(x), strided(w), strided(targets)), x, weight)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     batched = run(lambda x, w: linear_cross_entropy(x.view(4, 6, 16), w, targets.view(4, 6)), x, weight)
     assert all(torch.equal(a, b) for a, b in zip(batched, want))
     logits = x @ weight.t()
     plain = [
         run(lambda t, f=f: cross_entropy(f(t), targets), logits)
-        for f in (lambda t: t * 1, lambda t: (t * 1).t().contiguous().t())
+        for f in (lambda t: t * 1, lambda t: (t * 1).t().contiguous().t(), strided)
     ]
-    assert all(torch.equal(a, b) for a, b in zip(*plain))
+    assert all(torch.equal(a, b) for other in plain[1:] for a, b in zip(plain[0], other))
 
 
 @pytest.mark.triton

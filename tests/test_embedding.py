@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from kernels import configs
 from kernels import embedding as module
 from kernels.embedding import embedding, embedding_ref
-from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id, poisoned
+from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id, poisoned, strided
 
 OFFSET = 3
 
@@ -133,6 +133,8 @@ def test_noncontiguous():
     idx, wte, wpe, dy = make(4, 12, 6, 32)
     want = run(embedding, idx, wte, wpe, dy, torch.float32)
     got = run(embedding, idx.t().contiguous().t(), wte, wpe, dy.transpose(0, 1).contiguous().transpose(0, 1), torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    got = run(lambda *a, **keys: embedding(*map(strided, a[:3]), *a[3:], **keys), idx, wte, wpe, strided(dy), torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
     leaf = wte.clone().requires_grad_()
     embedding(idx, leaf, wpe, torch.float32).sum().backward()  # a stride-0 gradient

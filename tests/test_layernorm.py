@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import configs, layernorm
 from kernels.layernorm import layer_norm, layer_norm_ref, layer_norm_residual, layer_norm_residual_ref
-from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id, poisoned
+from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id, poisoned, strided
 
 SHAPES = [(1, 768), (37, 768), (129, 33), (5, 1600), (3, 8192)]
 
@@ -130,6 +130,17 @@ def test_noncontiguous(dtype):
     expanded = x.detach().requires_grad_()
     layer_norm(expanded, weight).sum().backward()  # a stride-0 gradient
     assert torch.equal(expanded.grad, run(layer_norm, [x, weight], [torch.ones_like(dy)])[1])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("which", range(4), ids=["x", "residual", "weight", "bias"])
+def test_strided(which):
+    inputs, (dy, dr) = make(12, 64, torch.float32)
+    want = run(layer_norm_residual, inputs, [dy, dr])
+    got = run(
+        lambda *a: layer_norm_residual(*a[:which], strided(a[which]), *a[which + 1 :]), inputs, [strided(dy), strided(dr)]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.triton

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.linear import linear, linear_ref, mm_fp32, shadow
-from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id
+from tests.helpers import DEVICE, DTYPES, assert_as_accurate, dtype_id, strided
 
 
 def make(M, K, N, dtype, bias=True):
@@ -58,6 +58,9 @@ def test_batched_noncontiguous_and_expanded():
     got = run(lambda x, w, b: linear(x.view(4, 6, 16), w, b), [x, weight, bias], dy.view(4, 6, 32))
     assert all(torch.equal(a, b.view(a.shape)) for a, b in zip(want, got))
     got = run(lambda x, w, b: linear(x.t().contiguous().t(), w, b), [x, weight, bias], dy.t().contiguous().t())
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    got = run(lambda *a: linear(*map(strided, a)), [x, weight, bias], strided(dy))
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     leaf = weight.clone().requires_grad_()

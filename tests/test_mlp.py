@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kernels import configs, dispatch
-from tests.helpers import DEVICE, DTYPES, INTERPRET, assert_as_accurate, dtype_id
+from tests.helpers import DEVICE, DTYPES, INTERPRET, assert_as_accurate, dtype_id, strided
 
 triton = pytest.importorskip("triton")
 
@@ -139,6 +139,7 @@ def test_non_contiguous_inputs(path):
     assert not x.is_contiguous()
     check(x, parameters, dy, "none")
     check(x[:1].expand(37, 48), parameters, dy[:1].expand(37, 48), "none")
+    check(strided(x), [strided(p) for p in parameters], strided(dy), "none")
 
 
 def test_leading_dimensions(path):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kernels import cpu, extension
 from kernels.attention import causal_attention_ref
 from kernels.optimizer import grad_norm
-from tests.helpers import DEVICE, assert_as_accurate, dtype_id
+from tests.helpers import DEVICE, assert_as_accurate, dtype_id, strided
 
 BACKEND = "cuda" if DEVICE == "cuda" else "cpp"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -314,6 +314,24 @@ def test_differentiable_functions():
 
     for o, p, e in zip(run(ours, torch.float32), run(plain, torch.float32), run(plain, torch.float64), strict=True):
         assert_as_accurate(o, p, e, factor=3, atol=2e-6)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "layer_norm_residual", "gelu_mlp", "attention"])
+def test_differentiable_functions_of_strided_tensors(op):
+    shapes = {"layer_norm": [(6, 16), (16,), (16,)], "layer_norm_residual": [(6, 16), (6, 16), (16,), (16,)]}
+    shapes |= {"gelu_mlp": [(6, 16), (32, 16), (32,), (16, 32), (16,)], "attention": [(2, 9, 48)]}
+    rest = {"layer_norm": (1e-5,), "layer_norm_residual": (1e-5, 0.0), "gelu_mlp": (False,), "attention": (2, 0.3)}[op]
+    inputs = [torch.randn(shape) for shape in shapes[op]]
+
+    def run(layout):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        outputs = getattr(cpu, op)(*map(layout, leaves), *rest)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.manual_seed(0)
+        return *outputs, *torch.autograd.grad(outputs, leaves, [layout(torch.randn_like(y)) for y in outputs])
+
+    for a, b in zip(run(strided), run(lambda t: t), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_results_do_not_depend_on_threads():
