@@ -24,9 +24,9 @@ def shadow(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     if parameter.dtype == dtype:
         return parameter.detach()
     copy = getattr(parameter, "shadow", None)
-    if torch.compiler.is_compiling() and copy is not None:
-        return copy
     stale = copy is None or copy.dtype != dtype or copy.device != parameter.device
+    if torch.compiler.is_compiling() and not stale:
+        return copy
     if stale or parameter.shadow_version != parameter._version:
         # A copy first made while sampling must serve training too.
         with torch.inference_mode(False), torch.no_grad():

@@ -108,6 +108,20 @@ def test_compile(backend):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_compiled_for_another_dtype_than_the_shadow_has(backend):
+    (x, weight, _), dy = make(6, 16, 32, torch.float16)
+    parameter = torch.nn.Parameter(weight)
+    f = torch.compile(linear, fullgraph=True, backend=backend)
+    for dtype in (torch.float16, torch.bfloat16, torch.float16):
+        y = f(x.to(dtype), parameter)
+        assert torch.equal(y, linear_ref(x.to(dtype), weight))
+        parameter.grad = None
+        y.backward(dy.to(dtype))
+        torch.testing.assert_close(parameter.grad, run(linear, [x.to(dtype), weight], dy.to(dtype))[2])
+
+
 def test_shadow_follows_the_parameter():
     parameter = torch.nn.Parameter(torch.randn(3, 4))
     assert shadow(parameter, torch.float32).data_ptr() == parameter.data_ptr()
