@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MODEL, OPTIM, STATE, MANIFEST = "model.safetensors", "optim.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIM, STATE)
-PIECE = 64 << 20  # bytes that are written and forced to disk between two signs of progress
-READ = 1 << 20  # bytes of them that are read
+PIECE = 64 << 20  # bytes that are hashed and written, and then forced to disk, at a time
+READ = 1 << 20  # bytes that are read at a time
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 
 
@@ -51,7 +51,7 @@ def save(
         step: N, completed updates.
         model, optim: tensors by name, on any device.
         state: what JSON can hold.
-        progress: called after each piece that is on disk.
+        progress: called as writing gets on.
 
     Returns:
         The path of OUT/step-N.
@@ -130,6 +130,7 @@ def _write(path: Path, chunks: Iterable[memoryview | bytes], progress: Callable[
             file.write(chunk)
             digest.update(chunk)
             size += len(chunk)
+            progress()
             if size - synced >= PIECE:  # all at the end may take long, and would show no progress
                 sync()
                 synced = size
