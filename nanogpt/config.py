@@ -6,6 +6,7 @@ fields: argparse knows no ``--compile=False`` beside a bare ``--compile``, and a
 
 import ast
 import difflib
+import io
 import os
 import re
 import sys
@@ -207,7 +208,7 @@ def check_data(config: TrainConfig) -> None:
                 f"block_size={config.block_size} needs {config.block_size + 1} tokens in a row, not {longest} "
                 f"({shards[0].path.parent})"
             )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(error, "train")
 
 
@@ -223,21 +224,33 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, presets: Path | None 
 
     Prints the help and exits 0 on ``--help``; prints one line and exits 2 on a mistake. Arguments as for :func:`load`.
     """
+    escape_output()
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(usage(cls, presets, prog and f"python -m nanogpt.{prog}"))
         raise SystemExit(0)
     try:
         return load(cls, argv, presets)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(error, prog)
 
 
 def fail(error: Exception, prog: str = "") -> NoReturn:
     """Ends the program on a mistake of the user's: one line on stderr (of each machine's first process), exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{prog or 'error'}: {error}", file=sys.stderr)
+        print(f"{prog or 'error'}: {one_line(error)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def one_line(error: Exception) -> str:
+    """Its message, in which a line end, such as one in the name of a file, is escaped."""
+    return str(error).replace("\n", "\\n")
+
+
+def escape_output() -> None:
+    """Has standard output escape what its encoding lacks, such as bytes of a path that are no UTF-8, as standard error does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def load(cls: type[T], argv: Sequence[str], presets: Path | None = PRESETS) -> T:

@@ -110,7 +110,7 @@ def fail(error: Exception, prog: str) -> NoReturn:
         with suppress(RuntimeError):  # the store is gone with its process
             said = dist.distributed_c10d._get_default_store().add(f"said/{str(error)!a}", 1) > 1
         if not said:
-            print(f"{prog}: rank {dist.get_rank()}: {error}", file=sys.stderr)
+            print(f"{prog}: rank {dist.get_rank()}: {options.one_line(error)}", file=sys.stderr)
         raise SystemExit(2)
 
 

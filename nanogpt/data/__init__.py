@@ -1,5 +1,6 @@
 """Text to shards of tokens (``prepare``), shards to batches (``loader``), and the checks in between (``check``)."""
 
+import os
 from pathlib import Path
 
 ROOT = Path("data")
@@ -26,7 +27,7 @@ def find(dataset: str | Path) -> Path:
     path = Path(dataset)
     named = len(path.parts) == 1 and path.name not in (".", "..")
     for candidate in [ROOT / path, path] if named else [path]:
-        if candidate.is_dir() and str(dataset):
+        if os.path.isdir(candidate) and str(dataset):  # Path.is_dir raises for a name too long for the system
             return candidate
     if not named:
         raise ValueError(f"dataset={dataset}: no such directory")

@@ -9,6 +9,7 @@ COMMANDS = ("prepare", "check", "info")
 
 
 def main(argv: list[str]) -> None:
+    config.escape_output()
     command = argv[0] if argv else ""
     if command in ("-h", "--help"):
         print(__doc__)

@@ -269,6 +269,7 @@ def _workplace(target: Path) -> Iterator[Path]:
 
 
 def main(argv: list[str]) -> None:
+    config.escape_output()
     names = [word for word in argv[:1] if not word.startswith("--")]
     if {"-h", "--help"} & set(argv):
         print(config.usage(PrepareConfig, None, USAGE).replace("[FILE.py] ", ""))
