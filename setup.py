@@ -19,6 +19,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+if sys.version_info < (3, 11):  # noqa: UP036  pip says so by itself
+    sys.exit(f"nanogpt needs Python >= 3.11, this is {platform.python_version()} ({sys.executable})")
+
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 ARCHS = "8.0;9.0+PTX"

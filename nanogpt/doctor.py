@@ -23,7 +23,7 @@ from typing import Any
 from nanogpt.config import key, parse
 
 ROOT = Path(__file__).parent.parent
-OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
+OLDEST_TORCH = (2, 11)
 DISPENSABLE = ("triton", "nvidia-ml-py")  # of the requirements: without them PyTorch's kernels run, and sensors stay unread
 FREE_DISK = 1.0  # GB that a run of the smallest preset, with its checkpoints, fits into
 TRIAL_LIMIT = 600  # seconds; Triton compiles some twenty kernels on a GPU's first use
@@ -257,8 +257,6 @@ def examine(with_trial: bool = True) -> dict[str, Any]:
     if Path(kernels.__file__ or "").parent != ROOT / "kernels":
         hidden = f"another package named kernels hides ours: pip uninstall kernels ({kernels.__file__})"
         return report | {"problems": [hidden]}
-    if sys.version_info < OLDEST_PYTHON:  # what follows may not even import
-        return report | {"problems": [f"Python {platform.python_version()} is too old: install 3.11 or later"]}
     problems = []
     absent, needed = packages()
     if torch is None:

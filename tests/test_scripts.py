@@ -213,8 +213,9 @@ def test_torch_can_be_chosen(machine):
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
-        ("old python", "no Python >= 3.11 found (python3 is Python 3.9.1)"),
-        ("chosen python", "PYTHON=/no/python is not a Python >= 3.11"),
+        ("old python", "needs Python >= 3.11, this is Python 3.9.1; install one"),
+        ("chosen old python", "python3: needs Python >= 3.11, this is Python 3.9.1"),
+        ("chosen python", "PYTHON=/no/python: no such program"),
         ("no venv", "apt-get install python3-venv"),
         ("disk", "1 GB are free"),
         ("network", "check the network"),
@@ -226,6 +227,9 @@ def test_says_what_is_missing(machine, script, trouble, message):
     environment = {}
     if trouble == "old python":
         machine.note("version", "3.9.1")
+    elif trouble == "chosen old python":
+        machine.note("version", "3.9.1")
+        environment["PYTHON"] = str(machine.bin / "python3")
     elif trouble == "chosen python":
         environment["PYTHON"] = "/no/python"
     elif trouble == "no venv":
