@@ -6,7 +6,8 @@ Tensors have shapes, dtypes and devices but no values. What the fake GPU notes, 
   `nanogpt` or `kernels` in which it happens.
 - work that reads or overwrites what another stream has not finished for certain, or whose memory might be reused;
 - a host buffer read before its copy has arrived, or filled again while it is still being copied;
-- tensors of the host where tensors of the device belong.
+- tensors of the host where tensors of the device belong;
+- under deterministic algorithms, ops that refuse to run on CUDA then.
 
 Time is counted in works per stream; "seen" is what is finished for certain before a stream's next work, or for the host.
 """
@@ -30,6 +31,19 @@ from triton.backends.compiler import GPUTarget
 
 aten = torch.ops.aten
 IMPLEMENTATION = "CompositeExplicitAutograd"  # the dispatch key of ops in Python
+# Of those that torch.use_deterministic_algorithms() names, what a language model might call
+REFUSED = {
+    "cumsum",
+    "cumsum_",
+    "put",
+    "put_",
+    "histc",
+    "bincount",
+    "kthvalue",
+    "median",
+    "nll_loss2d_forward",
+    "scatter_reduce",
+}
 ROOT = Path(__file__).parent.parent
 
 
@@ -191,6 +205,8 @@ class FakeGPU(TorchDispatchMode):
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if func.namespace == "prim" or not any(t.is_cuda for t in given + made):
             return out
+        refused = torch.are_deterministic_algorithms_enabled() and func.overloadpacket.__name__ in REFUSED
+        assert not refused, f"{_where()}: {func} is not deterministic"
         self._work(func, args, given, made)
         hosts = [t for t in given + made if not t.is_cuda]
         if func.overloadpacket in (aten.copy_, aten._to_copy):

@@ -87,12 +87,15 @@ def trained(gpu, monkeypatch, data, out_dir, **keys):
         {"freeze": 1, "dtype": "float16"},
         {"kernels": "torch", "dropout": 0.1},
         {"built": False, "bias": True},
+        {"built": False, "capability": (7, 5)},
+        {"deterministic": True, "spike_guard": True, "dropout": 0.1},
+        {"deterministic": True, "spike_guard": True, "dropout": 0.1, "kernels": "torch"},
     ],
     ids=lambda keys: "-".join(f"{key}={value}" for key, value in keys.items()),
 )
 def test_the_host_waits_for_evaluations_and_for_the_step_before(fake, monkeypatch, data, tmp_path, keys):
     keys = dict(keys)
-    gpu = fake(built=keys.pop("built", True))
+    gpu = fake(built=keys.pop("built", True), capability=keys.pop("capability", (9, 0)))
     trained(gpu, monkeypatch, data, tmp_path, **keys)
     assert dict(gpu.syncs) == {"train.evaluate": 3}
     reads = 6 + 3 * (2 * 3 - 1)  # of each update; of all batches but the last of three evaluations of two splits
