@@ -1,11 +1,16 @@
 """The trainer on a GPU that is not there (see fake_cuda.py): what would fail on a real one, and where the host would wait."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("triton")
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
 from kernels import configs, dispatch, extension
-from nanogpt import generate, resume, train
+from nanogpt import distributed, generate, resume, train
 from nanogpt.config import GPTConfig
 from nanogpt.data import loader
 from nanogpt.model import GPT
@@ -16,7 +21,7 @@ from tests.helpers import INTERPRET
 
 pytestmark = [
     pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler"),
-    pytest.mark.filterwarnings("error", "ignore:Accessing the data pointer of FakeTensor"),
+    pytest.mark.filterwarnings("error:TRITON", "ignore:Accessing the data pointer of FakeTensor"),
 ]
 
 
@@ -100,6 +105,28 @@ def test_the_host_waits_for_evaluations_and_for_the_step_before(fake, monkeypatc
     assert dict(gpu.syncs) == {"train.evaluate": 3}
     reads = 6 + 3 * (2 * 3 - 1)  # of each update; of all batches but the last of three evaluations of two splits
     assert gpu.waits["distributed.Readback._arrived"] == reads
+
+
+def test_with_several_ranks_too(fake, monkeypatch, data, tmp_path):
+    """On PyTorch's process group that does nothing; DDP, which wants autograd's engine, is left out."""
+    gpu, begin = fake(), distributed.init
+
+    def init(config):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        return replace(begin(config), size=2)
+
+    def leave(code):
+        raise AssertionError(f"exit code {code}")
+
+    for name, function in (("init", init), ("wrap", lambda model, *_: model), ("_exit", leave)):
+        monkeypatch.setattr(distributed, name, function)
+    monkeypatch.setattr(distributed, "gather", lambda value, world: [value] * world.size)
+    try:
+        trained(gpu, monkeypatch, data, tmp_path, spike_guard=True)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert dict(gpu.syncs) == {"train.evaluate": 3}
 
 
 # What one program may have, bytes of shared memory: A100, RTX 30 and 40, H100, B200, RTX 50.
