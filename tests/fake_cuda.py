@@ -31,6 +31,8 @@ from triton.backends.compiler import GPUTarget
 
 aten = torch.ops.aten
 IMPLEMENTATION = "CompositeExplicitAutograd"  # the dispatch key of ops in Python
+# They return nothing new. PyTorch 2.11 has a fake of the second, which takes no beta
+WITHOUT_FAKE = {aten._fused_adamw_.tensor_lr, aten.addmm.dtype_out}
 # Of those that torch.use_deterministic_algorithms() names, what a language model might call
 REFUSED = {
     "cumsum",
@@ -197,8 +199,7 @@ class FakeGPU(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
             return self._value(*args)
-        fused = func.overloadpacket is aten._fused_adamw_  # has no fake of PyTorch's
-        out = None if fused else func(*args, **kwargs)
+        out = kwargs.get("out") if func in WITHOUT_FAKE else func(*args, **kwargs)
         if kwargs.get("pin_memory"):
             self.pinned[_storage(out)] = out.untyped_storage()
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
