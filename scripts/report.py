@@ -142,7 +142,7 @@ def curve_tables(rows: list[Row]) -> str:
     lines = []
     for r in rows:
         if r["status"] == "ok":
-            ratio = f"{float(r['error']):.3f} of the distance of two seeds" if r["pass"] == "verdict" else ""
+            ratio = f"{float(r['error']):.2g} of the distance of two seeds" if r["pass"] == "verdict" else ""
             lines.append(
                 [f"{r['case']} {r['dtype']}", r["provider"], r["pass"], number(r["loss"], 4) if r["loss"] else "", ratio]
             )

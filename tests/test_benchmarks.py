@@ -437,7 +437,7 @@ def test_report_of_curves(tmp_path):
     (tmp_path / "curves" / "c.csv").write_text("\n".join([",".join(loss_curves.COLUMNS), *lines]))
     text = report.section(tmp_path, linked=True)
     assert "| 124M-B4 bf16 | ours-triton | seed 1337 | 4.568 |  |" in text
-    assert "| 124M-B4 bf16 | ours-triton | verdict |  | 0.250 of the distance of two seeds |" in text
+    assert "| 124M-B4 bf16 | ours-triton | verdict |  | 0.25 of the distance of two seeds |" in text
     assert "- 124M-B4 verdict, ours-triton: wrong: 2 from it" in text
     report.draw(tmp_path, tmp_path / "plots")
     (plot,) = (tmp_path / "plots").iterdir()
