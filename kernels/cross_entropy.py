@@ -297,14 +297,14 @@ def linear_cross_entropy(
 
     Args:
         x: (..., C), fp32, fp16 or bf16.
-        weight: (V, C) parameter, fp32.
+        weight: (V, C) parameter, fp32 (or already the compute dtype, as under FSDP2's mixed precision).
         targets: (...) int64 in 0..vocab_size - 1, or ignore_index. Any other value makes the loss NaN.
         ignore_index: the target of rows that count for nothing.
         vocab_size: rows of weight from here on are padding: outside the softmax, gradient 0; default V.
         chunk_rows: rows of logits alive at a time; default 16384 on a GPU, 1024 on a CPU.
 
     Returns:
-        fp32 scalar, 0 where all targets are ignored. The gradient of weight is fp32, accumulated over chunks in fp32.
+        fp32 scalar, 0 where all targets are ignored. The gradient of weight is accumulated over chunks in fp32.
 
     Raises:
         ValueError: for shapes that do not fit together, targets not int64, no rows, a vocab_size above V, chunk_rows below 1.

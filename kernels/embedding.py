@@ -253,14 +253,14 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, dropout
 
     Args:
         idx: (B, T) int64 token ids. One outside 0..V - 1 gives a row of NaN and no gradient.
-        wte: (V, C) token embedding, fp32.
-        wpe: (positions, C) position embedding, fp32.
+        wte: (V, C) token embedding, fp32, or 16 bits as under FSDP2's mixed precision.
+        wpe: (positions, C) position embedding, likewise.
         dtype: of the result: fp32, fp16 or bf16.
         dropout_p: probability of dropping an element; 0 in evaluation.
         offset: position of the first token, where idx continues a longer text.
 
     Returns:
-        (B, T, C) in `dtype`. The gradients of wte and wpe are fp32 and the same bit by bit every time.
+        (B, T, C) in `dtype`. The gradients of wte and wpe are summed in fp32 and the same bit by bit every time.
 
     Raises:
         ValueError: for positions beyond wpe, embeddings of different width, dropout_p outside [0, 1).

@@ -288,12 +288,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
     Args:
         x: (..., C), C <= 8192; fp32, fp16 or bf16.
-        weight: (C,) fp32.
-        bias: (C,) fp32 or None.
+        weight: (C,) fp32, or 16 bits as under FSDP2's mixed precision.
+        bias: (C,), likewise, or None.
         eps: added to the variance.
 
     Returns:
-        (..., C) in x's dtype. The gradients of weight and bias are fp32.
+        (..., C) in x's dtype. The gradients of weight and bias are summed in fp32.
 
     Raises:
         ValueError: for shapes that do not fit together or more than 8192 channels.
@@ -315,8 +315,8 @@ def layer_norm_residual(
     Args:
         x: (..., C) the branch, C <= 8192; fp32, fp16 or bf16.
         residual: the stream, x's shape and dtype.
-        weight: (C,) fp32.
-        bias: (C,) fp32 or None.
+        weight: (C,) fp32, or 16 bits as under FSDP2's mixed precision.
+        bias: (C,), likewise, or None.
         eps: added to the variance.
         dropout_p: probability of dropping an element of x; 0 in evaluation.
 

@@ -18,6 +18,7 @@ from nanogpt import checkpoint
 from nanogpt.config import TrainConfig
 from nanogpt.data.loader import Loader
 from nanogpt.guard import WHY, DivergenceError
+from nanogpt.sharding import whole
 
 if TYPE_CHECKING:
     from nanogpt.train import Run
@@ -84,7 +85,7 @@ def dump(run: "Run", it: int, out: Path) -> str:
     batches = [next(loader) for _ in range(config.gradient_accumulation_steps // world.size)]
     loader.close()
     record: dict[str, Any] = {"iter": it, "rank": world.rank, "losses": []}
-    record["weights"] = {name: statistics(p) for name, p in model.named_parameters()}
+    record["weights"] = {name: statistics(whole(p)) for name, p in model.named_parameters()}
     activations, gradients = record["activations"], record["output gradients"] = {}, {}
     model.zero_grad(set_to_none=True)
     model.train()
@@ -100,7 +101,8 @@ def dump(run: "Run", it: int, out: Path) -> str:
         (loss * scale / len(batches)).backward()
         for hook in hooks:
             hook.remove()
-    record["weight gradients"] = {name: statistics(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    weight_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    record["weight gradients"] = {name: statistics(whole(grad)) for name, grad in weight_gradients.items()}
     kinds = ("weights", "activations", "output gradients", "weight gradients")
     bad = ((kind, name) for kind in kinds for name, values in record[kind].items() if values["not finite"])
     record["first not finite"] = found = next(map(": ".join, bad), None)
@@ -167,6 +169,8 @@ def memory_advice(config: TrainConfig, device: torch.device, error: BaseExceptio
         flags.append(f"--batch_size={(B + 1) // 2} --gradient_accumulation_steps={2 * G}")
     if not config.recompute:
         flags.append("--recompute=true")
+    if not config.fsdp and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        flags.append("--fsdp=true")
     if config.init_from == "scratch":
         flags.append(f"--block_size={max(1, T // 2)}")
     if config.dtype == "float32" or (config.dtype == "auto" and device.type == "cpu"):

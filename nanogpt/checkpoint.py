@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nanogpt.config import GPTConfig
 from nanogpt.optim import AdamW, LossScale
+from nanogpt.sharding import assign
 
 log = logging.getLogger(__name__)
 
@@ -380,7 +381,6 @@ def restore_optim(
     _restore(wanted, tensors, source)
 
 
-@torch.no_grad()
 def _restore(into: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
     differ = [f"tensor {name} is missing" for name in into if name not in tensors]
     differ += [f"tensor {name} is none of this model" for name in tensors if name not in into]
@@ -392,7 +392,7 @@ def _restore(into: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) 
         rest = f"; and {len(differ) - 8} more" if len(differ) > 8 else ""
         raise ValueError(f"{source}: {'; '.join(sorted(differ)[:8])}{rest}")
     for name, t in into.items():
-        t.copy_(tensors[name])
+        assign(t, tensors[name])
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], ignore: Collection[str] = ()) -> list[str]:

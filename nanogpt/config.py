@@ -127,6 +127,9 @@ class TrainConfig:
     allow_fault_injection: bool = key(False, "obey NANOGPT_FAULT, for tests")
 
     backend: str = key("auto", "of torch.distributed: auto is nccl on GPUs, gloo on CPUs", "System", ("auto", "nccl", "gloo"))
+    fsdp: bool = key(
+        False, "share out weights, gradients and moments over the processes (FSDP2), where one GPU cannot hold them; off: DDP"
+    )
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key(
         "auto",
@@ -180,6 +183,8 @@ class TrainConfig:
         require("device", device, "expected auto, cpu, cuda, cuda:N or mps")
         check_init_from(self.init_from, ("scratch", "resume"))
         n = int(os.environ.get("WORLD_SIZE", "1"))
+        require("fsdp", not self.fsdp or n > 1, "needs several processes: torchrun --nproc_per_node=N")
+        require("fsdp", not (self.fsdp and self.compile), "not with compile=True, whose graph would end at every block")
         require(
             "gradient_accumulation_steps",
             self.gradient_accumulation_steps % n == 0,

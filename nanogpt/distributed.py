@@ -197,6 +197,8 @@ def wrap(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
 
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
     """Around forward and backward of a micro-step: only the last one of an update exchanges gradients."""
+    if hasattr(model, "set_requires_gradient_sync"):  # sharded
+        model.set_requires_gradient_sync(enabled)
     if enabled or not isinstance(model, nn.parallel.DistributedDataParallel):
         return nullcontext()
     return model.no_sync()

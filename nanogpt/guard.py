@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nanogpt.goodput import Ledger
 from nanogpt.optim import AdamW, LossScale
+from nanogpt.sharding import local
 
 UPDATED, OVERFLOW, NOT_FINITE, SPIKE = range(4)
 WHY = ("", "overflow, loss scale halved", "not finite", "spike")
@@ -122,11 +123,14 @@ class Guard:
 
 @torch.no_grad()
 def not_finite(model: nn.Module, optimizer: AdamW) -> str:
-    """The first parameter that is not finite, or whose moments are not; empty if there is none. Waits for the device."""
+    """The first parameter that is not finite, or whose moments are not; empty if there is none. Waits for the device.
+
+    Of sharded ones it sees this rank's parts.
+    """
     named = dict(model.named_parameters())
-    values = [torch.stack(torch._foreach_norm(list(named.values()), ord=float("inf")))]
+    values = [torch.stack(torch._foreach_norm([local(p) for p in named.values()], ord=float("inf")))]
     for key in ("exp_avg", "exp_avg_sq"):
-        moments = [optimizer.state[p][key] if p.requires_grad else p for p in named.values()]  # frozen ones have none
+        moments = [local(optimizer.state[p][key] if p.requires_grad else p) for p in named.values()]  # frozen ones have none
         values.append(torch.stack(torch._foreach_norm(moments, ord=float("inf"))))
     bad = (~torch.stack(values).isfinite()).any(dim=0).tolist()
     return next((name for name, is_bad in zip(named, bad, strict=True) if is_bad), "")

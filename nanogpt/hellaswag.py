@@ -151,8 +151,10 @@ def score(
     total = -(-len(batches) // world.size)
     log_p = torch.zeros(len(task.tokens), dtype=torch.float64)
     for done, batch in enumerate(rounds(batches, world), start=1):
+        some = batch or batches[-1]  # in vain where none is left: ranks that share out the weights go through them together
+        values = _log_p(model, [task.tokens[i] for i in some], task.scored[some], world.device)
         if batch:
-            log_p[batch] = _log_p(model, [task.tokens[i] for i in batch], task.scored[batch], world.device)
+            log_p[batch] = values
         if on_round is not None and on_round(done, total):
             return None
     figures = {}

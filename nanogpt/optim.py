@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kernels.optimizer import adamw_step, grad_norm
 from nanogpt.config import TrainConfig
+from nanogpt.distributed import total
+from nanogpt.sharding import is_sharded, local
 
 
 def learning_rate(it: int, config: TrainConfig) -> float:
@@ -50,7 +52,8 @@ class AdamW(torch.optim.Optimizer):
     Its state goes by the names of ``torch.optim.AdamW`` (exp_avg, exp_avg_sq, step), and each loads the other's.
 
     Args:
-        groups: (decayed parameters, the others), as ``GPT.decay_groups()`` gives them; fp32, on one device.
+        groups: (decayed parameters, the others), as ``GPT.decay_groups()`` gives them; fp32, on one device. Of
+            sharded ones, each rank updates its part.
         lr: initial learning rate; later ones through :meth:`set_lr`.
         betas, eps, weight_decay: as in ``torch.optim.AdamW``; the second group does not decay.
         keep_gradients: zero them after a step instead of dropping them, for DDP, where they are views of its buckets. Dropped,
@@ -107,9 +110,12 @@ class AdamW(torch.optim.Optimizer):
             The norm of the unscaled gradients before clipping, an fp32 device scalar. If it is not finite, or was not admitted,
             nothing was updated.
         """
-        params = self.parameters()
-        grads = [p.grad for p in params]
+        whole = self.parameters()
+        params, grads = [local(p) for p in whole], [local(p.grad) for p in whole]
+        exp_avgs, exp_avg_sqs = ([local(self.state[p][key]) for p in whole] for key in ("exp_avg", "exp_avg_sq"))
         norm = grad_norm(grads)
+        if is_sharded(whole[0]):
+            norm = total(norm.square()).sqrt()
         unscaled = norm if loss_scale is None else norm / loss_scale.value
         admitted = norm if admits is None else torch.where(admits(unscaled), norm, torch.nan)
         decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
@@ -118,8 +124,8 @@ class AdamW(torch.optim.Optimizer):
             adamw_step(
                 [params[i] for i in chosen],
                 [grads[i] for i in chosen],
-                [self.state[params[i]]["exp_avg"] for i in chosen],
-                [self.state[params[i]]["exp_avg_sq"] for i in chosen],
+                [exp_avgs[i] for i in chosen],
+                [exp_avg_sqs[i] for i in chosen],
                 lr=self.lr if scale == 1 else self.lr * scale,
                 step=step,
                 beta1=self.param_groups[0]["betas"][0],

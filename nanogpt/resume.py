@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanogpt import checkpoint, distributed, monitor, pretrained
+from nanogpt import checkpoint, distributed, monitor, pretrained, sharding
 from nanogpt.config import TrainConfig
 from nanogpt.guard import not_finite
 from nanogpt.pretrained import SHAPE
@@ -133,7 +133,11 @@ def save(run: "Run", status: str) -> bool:
         False where that failed: earlier checkpoints are intact. A failure in the background shows at a later step.
     """
     rng = distributed.gather(distributed.rng_state(run.world.device), run.world)
+    model = checkpoint.model_tensors(run.model)
+    optim = checkpoint.optim_tensors(run.model, run.optimizer, run.loss_scale)
     if not run.world.main:
+        for t in (*model.values(), *optim.values()):  # the order in which the main process asks for them
+            sharding.whole(t)
         return True
     state = {
         "iter": run.it,
@@ -154,8 +158,7 @@ def save(run: "Run", status: str) -> bool:
         "torch": torch.__version__,
         "time": time.time(),
     }
-    optim = checkpoint.optim_tensors(run.model, run.optimizer, run.loss_scale)
-    return run.saver.save(run.it, checkpoint.model_tensors(run.model), optim, state, wait=status != "running")
+    return run.saver.save(run.it, model, optim, state, wait=status != "running")
 
 
 def unsound(run: "Run", status: str = "running") -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nanogpt import checkpoint
 from nanogpt.checkpoint import log
+from nanogpt.sharding import is_sharded, whole
 
 LOCK = ".lock"
 
@@ -58,17 +59,21 @@ class Saver:
         """Saves the state after ``step`` updates; arguments as for :func:`checkpoint.save`.
 
         Args:
-            wait: return only when it is on disk, for the last save of a process. It needs no copy, then.
+            wait: return only when it is on disk, for the last save of a process. It needs no copy, then, but of sharded
+                tensors, which the ranks put together one by one.
 
         Returns:
             False where it failed. Without ``wait``, True: see :meth:`poll`.
         """
         self.wait()
-        if wait or not self.background:
+        direct = wait or not self.background
+        if direct and not any(map(is_sharded, model.values())):
             return _report(lambda: self._write(step, model, optim, state))
         copies = [self._copy(name, tensors) for name, tensors in ((checkpoint.MODEL, model), (checkpoint.OPTIM, optim))]
         if any(t.is_cuda for t in model.values()):
             torch.cuda.current_stream().synchronize()
+        if direct:
+            return _report(lambda: self._write(step, *copies, state))
         self.pending = self._thread.submit(self._write, step, *copies, copy.deepcopy(state))
         return True
 
@@ -95,7 +100,7 @@ class Saver:
             host = self._host.get((file, name))
             if host is None or host.shape != t.shape or host.dtype != t.dtype:
                 host = self._host[file, name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
-            copies[name] = host.copy_(t.detach(), non_blocking=t.is_cuda)
+            copies[name] = host.copy_(whole(t.detach()), non_blocking=t.is_cuda)
         return copies
 
     def _write(self, step: int, model: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from torch import nn
 
 from kernels import cpu, dispatch, extension
 from kernels.linear import shadow, split_products
-from nanogpt import anomaly, checkpoint, distributed, faults, hellaswag, monitor, pretrained, resume, tokenizer
+from nanogpt import anomaly, checkpoint, distributed, faults, hellaswag, monitor, pretrained, resume, sharding, tokenizer
 from nanogpt.data import find
 from nanogpt.data.loader import Loader, eval_batches
 from nanogpt.data.shards import SPLITS, open_dataset
@@ -54,7 +54,7 @@ class Run:
     loader: Loader
     model: GPT  # the parameters
     compiled: nn.Module  # what evaluates: the model, or torch.compile of it
-    wrapped: nn.Module  # what trains: the former, in DDP where there are several processes
+    wrapped: nn.Module  # what trains: the former, in DDP where there are several processes and no shards
     optimizer: AdamW
     loss_scale: LossScale | None  # fp16 only
     guard: Guard
@@ -151,17 +151,19 @@ def setup(config: TrainConfig) -> Run:
         model = GPT(pretrained.pad_vocabulary(config.model(loader.vocab_size)), dtype).to(world.device)
     model.recompute = config.recompute
     model.freeze(config.freeze)
+    if config.fsdp:
+        sharding.shard(model, world, dtype)
     optimizer = AdamW(
         model.decay_groups(),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
-        keep_gradients=world.size > 1,
+        keep_gradients=world.size > 1 and not config.fsdp,
         lr_scales={p: config.layer_lr_decay**depth for p, depth in model.layers_above().items()},
     )
     loss_scale = LossScale(world.device) if dtype == torch.float16 else None
     compiled = torch.compile(model) if config.compile else model
-    wrapped = distributed.wrap(compiled, world, dtype)
+    wrapped = model if config.fsdp else distributed.wrap(compiled, world, dtype)
     task = None
     if config.hellaswag:
         task = hellaswag.load(config.hellaswag, tokenizer.load(data_dir), config.block_size)
@@ -198,6 +200,8 @@ def evaluate(run: Run, stop: distributed.StopRequest, watchdog: Watchdog) -> dic
         if len(x):
             _, loss = run.compiled(x, y)
             row += torch.stack([loss * len(x), torch.full_like(loss, len(x))])
+        elif c.fsdp:  # in vain: the ranks go through the weights together
+            run.compiled(*torch.zeros(2, 1, 1, dtype=torch.int64, device=world.device))
         watchdog.at("the end of an evaluation's batch")
         if stopping():
             run.model.train()
@@ -328,7 +332,8 @@ def banner(run: Run, peak: float | None) -> str:
     counts = ", ".join(f"{split} {data.count(split):,}" for split in SPLITS if data.splits.get(split))
     c = run.model.config
     lines = [
-        f"device: {name}, {str(run.model.dtype).removeprefix('torch.')}, {world.size} process{'es' * (world.size > 1)}, "
+        f"device: {name}, {str(run.model.dtype).removeprefix('torch.')}, {world.size} process{'es' * (world.size > 1)}"
+        f"{', sharded' if config.fsdp else ''}, "
         f"torch {torch.__version__}{', deterministic' if config.deterministic else ''}{', compiled' if config.compile else ''}",
         f"model: {run.model.parameter_count() / 1e6:.2f}M parameters, {c.n_layer} layers, {c.n_head} heads, "
         f"{c.n_embd} channels, vocabulary {c.vocab_size}, {c.gelu} GELU",
