@@ -1,6 +1,7 @@
 """What fine-tuning a GPT-2 takes in memory: calculated for every size, measured for one.
 
     python benchmarks/memory.py --recompute                      # a table of all sizes
+    python benchmarks/memory.py --fsdp=4                         # on each of four GPUs that share out the model
     python benchmarks/memory.py --size=gpt2 --block_size=256     # two updates of one, beside its calculation
 
 Bytes per trained parameter: 4 each for itself, its gradient and AdamW's two moments; 2 more for the shadow that 16-bit GEMMs
@@ -8,6 +9,10 @@ read; a frozen parameter has neither gradient nor moments. Activations: a block 
 input and output, qkv, attention's output, both factors of the GELU-MLP's gradient), or the 2 C of its input where it is
 recomputed, and a frozen one nothing. The head keeps a chunk of logits and its fp32 weight gradient, which is tied to the
 embedding's: at the end of backward the two and their sum are there at once.
+
+Under --fsdp=N a process has an N-th of the parameters and moments, but all of the gradients' sum over the micro-steps, until
+the last one shares it out. In place of shadows it has, in the compute dtype, the embeddings and two blocks, these twice: as
+they arrive and as they are used, or their gradients.
 
 B sequences of T tokens, C channels, V vocabulary. Measured is the peak of two updates of two micro-steps, random weights and
 tokens: the allocator's on a GPU, the process's resident memory on a CPU, less what it was before the model.
@@ -38,6 +43,7 @@ class MemoryConfig:
     block_size: int = key(1024, "tokens a sequence")
     freeze: int = key(-1, "as in training")
     recompute: bool = key(False, "as in training")
+    fsdp: int = key(1, "processes that share out the model; only calculated")
     device: str = key("auto", "to measure on")
     dtype: str = key(
         "auto", "of GEMMs and activations; tables take bfloat16 for auto", "", ("auto", "float32", "bfloat16", "float16")
@@ -45,9 +51,11 @@ class MemoryConfig:
 
     def check(self) -> None:
         blocks = max(hub.n_layer for name, hub in HUB.items() if self.size in ("", name))
-        for name, least, most in (("batch_size", 1, 2**31), ("block_size", 1, 1024), ("freeze", -1, blocks)):
+        for name, least, most in (("batch_size", 1, 2**31), ("block_size", 1, 1024), ("freeze", -1, blocks), ("fsdp", 1, 1024)):
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {least} to {most}")
+        if self.size and self.fsdp > 1:
+            raise ValueError(f"fsdp={self.fsdp}: not with size={self.size}, which measures one process")
 
 
 def shape(name: str, block_size: int) -> GPTConfig:
@@ -73,11 +81,16 @@ def calculated(config: MemoryConfig, name: str, dtype: torch.dtype, device_type:
     activations += tokens * C * e * 2  # ln_f's input, and the gradient of its output
     gradient = 4 * c.vocab_size * C if model.lm_head.weight.requires_grad else 0
     logits = min(tokens, CHUNK_ROWS[device_type]) * c.vocab_size * e
+    every = sum(counts.values())
+    shadows = 0 if e == 4 else e * (every - 1024 * C)
+    if config.fsdp > 1:
+        per_block = sum(counts[p] for p in model.transformer.h[0].parameters())
+        shadows = e * (every - (c.n_layer - min(c.n_layer, 4)) * per_block)
     parts = {
-        "parameters": 4 * sum(counts.values()),
+        "parameters": 4 * every // config.fsdp,
         "gradients": 4 * trained,
-        "moments": 8 * trained,
-        "shadows": 0 if e == 4 else e * (sum(counts.values()) - 1024 * C),
+        "moments": 8 * trained // config.fsdp,
+        "shadows": shadows,
         "activations": activations,
         "head": max(logits + gradient, 2 * gradient),
     }
@@ -123,6 +136,7 @@ def main(argv: list[str]) -> None:
         fail(error, "memory")
     print(
         f"B={config.batch_size} T={config.block_size} freeze={config.freeze} recompute={config.recompute} "
+        f"fsdp={config.fsdp} "
         f"{str(dtype).removeprefix('torch.')}; GB (1e9 bytes)"
     )
     parts = list(next(iter(rows.values())))

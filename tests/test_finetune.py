@@ -249,6 +249,11 @@ def test_the_calculated_memory_is_the_formulas():
     assert parts["total"] == sum(parts[name] for name in parts if name != "total")
     less = memory.calculated(replace(config, recompute=True), "gpt2", torch.bfloat16, "cuda")
     assert parts["activations"] - less["activations"] == tokens * (7 * (2 * 16 * 768 + 4 * 16) - 8 * 2 * 2 * 768)
+    shared = memory.calculated(replace(config, fsdp=4), "gpt2", torch.bfloat16, "cuda")
+    gathered = 2 * (n - (12 - 2 * 2) * block)
+    assert (shared["parameters"], shared["gradients"], shared["moments"]) == (n, 4 * trained, 2 * trained)
+    assert shared["shadows"] == gathered
+    assert (shared["activations"], shared["head"]) == (parts["activations"], parts["head"])
 
 
 def test_the_memory_of_a_run_is_measured_beside_its_calculation(monkeypatch, capsys):
@@ -286,6 +291,8 @@ def test_two_updates_are_measured(monkeypatch):
         (["--size=gpt2", "--freeze=13"], "freeze=13: must be -1 to 12"),
         (["--block_size=0"], "block_size=0: must be 1 to 1024"),
         (["--batch_size=0"], "batch_size=0: must be 1 to "),
+        (["--fsdp=0"], "fsdp=0: must be 1 to 1024"),
+        (["--size=gpt2", "--fsdp=2"], "fsdp=2: not with size=gpt2"),
         (["--dtype=foo"], "dtype=foo: expected one of auto, float32, bfloat16, float16"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
