@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --recompute                      # a table of all sizes
     python benchmarks/memory.py --fsdp=4                         # on each of four GPUs that share out the model
-    python benchmarks/memory.py --size=gpt2 --block_size=256     # two updates of one, beside its calculation
+    python benchmarks/memory.py --size=gpt2 --block_size=256     # two updates of one, beside its calculation; --out=DIR: rows
 
 Bytes per trained parameter: 4 each for itself, its gradient and AdamW's two moments; 2 more for the shadow that 16-bit GEMMs
 read; a frozen parameter has neither gradient nor moments. Activations: a block keeps 16 C elements a token (both LayerNorms'
@@ -18,14 +18,16 @@ B sequences of T tokens, C channels, V vocabulary. Measured is the peak of two u
 tokens: the allocator's on a GPU, the process's resident memory on a CPU, less what it was before the model.
 """
 
+import argparse
 import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if str(Path(__file__).resolve().parents[1]) not in sys.path:  # run as a script from anywhere, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if str(Path(__file__).resolve().parent) not in sys.path:  # imported by a test
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import common  # which finds the rest from anywhere, installed or not
 import torch
 
 from kernels.cross_entropy import CHUNK_ROWS
@@ -45,6 +47,7 @@ class MemoryConfig:
     recompute: bool = key(False, "as in training")
     fsdp: int = key(1, "processes that share out the model; only calculated")
     device: str = key("auto", "to measure on")
+    out: str = key("", "folder, or a .csv to append to, for what was measured (empty: it is printed only)")
     dtype: str = key(
         "auto", "of GEMMs and activations; tables take bfloat16 for auto", "", ("auto", "float32", "bfloat16", "float16")
     )
@@ -56,6 +59,13 @@ class MemoryConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {least} to {most}")
         if self.size and self.fsdp > 1:
             raise ValueError(f"fsdp={self.fsdp}: not with size={self.size}, which measures one process")
+        if self.out and not self.size:
+            raise ValueError(f"out={self.out}: only what is measured has rows; set --size too")
+
+    def case(self) -> str:
+        """What is measured, in the column of a row."""
+        options = [f"freeze{self.freeze}"] * (self.freeze >= 0) + ["recompute"] * self.recompute
+        return "-".join([self.size, f"B{self.batch_size}", f"T{self.block_size}", *options])
 
 
 def shape(name: str, block_size: int) -> GPTConfig:
@@ -133,17 +143,25 @@ def main(argv: list[str]) -> None:
         kind = device.type if config.size else "cuda"
         rows = {name: calculated(config, name, dtype, kind) for name in names}
     except ValueError as error:
-        fail(error, "memory")
+        fail(error, "benchmarks.memory")
     print(
         f"B={config.batch_size} T={config.block_size} freeze={config.freeze} recompute={config.recompute} "
         f"fsdp={config.fsdp} "
         f"{str(dtype).removeprefix('torch.')}; GB (1e9 bytes)"
     )
+    bench = None
+    if config.out:  # where rows cannot be written is known before measuring
+        name = next(short for short, kind in common.DTYPES.items() if kind == dtype)
+        bench = common.Bench("memory", argparse.Namespace(device=str(device), dtype=name, out=Path(config.out), plot=False))
     parts = list(next(iter(rows.values())))
     print(f"{'':12}" + "".join(f"{part:>13}" for part in parts) + (f"{'measured':>13}" if config.size else ""))
     for name, row in rows.items():
         line = f"{name:12}" + "".join(f"{row[part] / 1e9:13.2f}" for part in parts)
-        print(line + (f"{measured(config, dtype, device) / 1e9:13.2f} on {device.type}" if config.size else ""), flush=True)
+        peak = measured(config, dtype, device) if config.size else 0
+        print(line + (f"{peak / 1e9:13.2f} on {device.type}" if config.size else ""), flush=True)
+        if bench:
+            bench.row(config.case(), "calculated", "peak", peak_mib=row["total"] / 2**20)
+            bench.row(config.case(), "measured", "peak", peak_mib=peak / 2**20)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ ORDER = (
     "layernorm",
     "optimizer",
     "embedding",
+    "memory",
     "generate",
     "dataloader",
     "prepare",
@@ -150,7 +151,16 @@ def curve_tables(rows: list[Row]) -> str:
     return table(header, lines) + "\n" if lines else ""
 
 
-TABLES = {"train_step": step_tables, "loss_curves": curve_tables}
+def memory_table(rows: list[Row]) -> str:
+    """A line per case: the peak as calculated and as measured."""
+    lines = []
+    for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in rows):
+        peak = {r["provider"]: r["peak_mib"] for r in rows if (r["case"], r["dtype"]) == (case, dtype)}
+        lines.append([f"{case} {dtype}", *(number(peak[name], 4) for name in ("calculated", "measured"))])
+    return "peak, MiB\n\n" + table(["case", "calculated", "measured"], lines) + "\n"
+
+
+TABLES = {"train_step": step_tables, "loss_curves": curve_tables, "memory": memory_table}
 
 
 def section(folder: Path, linked: bool = False) -> str:

@@ -1,5 +1,6 @@
 """Fine-tuning: frozen layers, learning rates by layer, recomputed blocks, and the preset finetune_shakespeare."""
 
+import csv
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from kernels import dispatch
 from nanogpt import checkpoint, train
 from nanogpt.config import PRESETS, TrainConfig, load, read_file
 from nanogpt.optim import AdamW
+from scripts import report
 from tests.runs import TORCHRUN, arguments, losses, run, start, walk
 from tests.test_model import DEVICE, batch, make, spread
 from tests.test_pretrained import random_gpt2
@@ -264,6 +266,21 @@ def test_the_memory_of_a_run_is_measured_beside_its_calculation(monkeypatch, cap
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 
+def test_what_was_measured_has_rows(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "measured", lambda config, dtype, device: 3 << 30)
+    options = ["--size=gpt2", "--device=cpu", "--block_size=256", "--freeze=6", "--recompute", f"--out={tmp_path}"]
+    memory.main(options)
+    with (tmp_path / "memory.csv").open(newline="") as file:
+        calculated, measured = csv.DictReader(file)
+    assert (calculated["provider"], measured["provider"]) == ("calculated", "measured")
+    assert {row["case"] for row in (calculated, measured)} == {"gpt2-B1-T256-freeze6-recompute"}
+    assert (float(measured["peak_mib"]), measured["dtype"]) == (3072, "fp32")
+    parts = memory.calculated(memory.MemoryConfig("gpt2", 1, 256, 6, True), "gpt2", torch.float32, "cpu")
+    assert abs(float(calculated["peak_mib"]) * 2**20 / parts["total"] - 1) < 1e-4
+    text = report.section(tmp_path)
+    assert f"| gpt2-B1-T256-freeze6-recompute fp32 | {parts['total'] / 2**20:,.0f} | 3,072 |" in text
+
+
 def test_two_updates_are_measured(monkeypatch):
     """The peak is asked for after two updates of two micro-steps, and what was there before is taken off."""
     monkeypatch.setitem(memory.HUB, "gpt2", replace(memory.HUB["gpt2"], n_layer=1, n_head=2, n_embd=32))
@@ -293,6 +310,8 @@ def test_two_updates_are_measured(monkeypatch):
         (["--batch_size=0"], "batch_size=0: must be 1 to "),
         (["--fsdp=0"], "fsdp=0: must be 1 to 1024"),
         (["--size=gpt2", "--fsdp=2"], "fsdp=2: not with size=gpt2"),
+        (["--device=foo"], "device=foo: expected auto, cpu, cuda, cuda:N or mps"),
+        (["--out=rows"], "out=rows: only what is measured has rows; set --size too"),
         (["--dtype=foo"], "dtype=foo: expected one of auto, float32, bfloat16, float16"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
