@@ -21,7 +21,6 @@ Dropout draws from Philox with the counters (column / 4, row, batch * H + head),
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import aot, attention_hopper, configs, cpu, decode, dispatch
+from kernels import attention_hopper, configs, cpu, decode, dispatch
 from kernels.dropout import check_dropout, draw_seed
 from kernels.library import custom_op
 from kernels.triton_compat import TensorDescriptor, cdiv, next_power_of_2, tl, triton
@@ -414,28 +413,3 @@ def candidates(op: str, arch: int) -> Iterator[dict]:
             yield config
         elif arch >= 90:  # pointers take more registers than descriptors
             yield config | {"maxnreg": maxnreg[0]}
-
-
-def aot_case(op: str, bucket: str, config: dict, T: int = 1024, dropout_p: float = 0.0) -> configs.AotCase:
-    """One kernel variant, typed from the arguments of a launch on tensors without storage."""
-    D, H = int(bucket.split("_")[0][1:]), 12
-    dtype = torch.float32 if bucket.endswith("_fp32") else torch.bfloat16
-    with torch.device("meta"):
-        qkv, dqkv = torch.empty(2, 8, T, 3 * H * D, dtype=dtype)
-        out, dout = torch.empty(2, 8, T, H * D, dtype=dtype)
-        lse, delta = _empty_stats(qkv, H), _empty_stats(qkv, H)
-        seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
-    kernel = KERNELS[op]
-    arguments = _arguments(kernel, config, H, dropout_p, 0.125, qkv, lse, out=out, dout=dout, dqkv=dqkv, delta=delta, seed=seed)
-    options = {name: value for name, value in config.items() if name not in kernel.arg_names}
-    name = f"fp32_{op}/d{D}" if dtype == torch.float32 else f"{op}/{bucket}"  # fp32 multiplies without tensor cores
-    return aot.case(name + ("" if arguments["EVEN"] else "-ragged"), kernel, arguments, options)
-
-
-def aot_cases(arch: int) -> Iterator[configs.AotCase]:
-    for op, D, kind in itertools.product(KERNELS, (16, 32, 64, 128), ("", "_dropout", "_fp32")):
-        bucket, dropout_p = f"d{D}{kind}", 0.1 if kind == "_dropout" else 0.0
-        yield aot_case(op, bucket, configs.lookup(op, bucket, arch), T=1024, dropout_p=dropout_p)
-        if D >= 64 and not kind:
-            yield aot_case(op, bucket, configs.lookup(op, bucket, arch), T=1000)
-    yield from decode.aot_cases(arch)

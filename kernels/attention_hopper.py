@@ -16,12 +16,11 @@ FLOPs, the masked half not counted: 2 B H T^2 D forward, 5 B H T^2 D backward (7
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from kernels import configs, dispatch
+from kernels import dispatch
 from kernels.triton_compat import GluonTensorDescriptor as TensorDescriptor
 from kernels.triton_compat import gl, gluon, hopper
 
@@ -297,9 +296,8 @@ def supports(qkv: Tensor, n_head: int, dropout_p: float) -> bool:
     """Whether these kernels take this call; `attention` has others for the rest."""
     B, T, C3 = qkv.shape
     return (
-        qkv.is_cuda
-        and not dispatch.interpreting()
-        and torch.cuda.get_device_capability(qkv.device) == (9, 0)
+        not dispatch.interpreting()
+        and dispatch.capability(qkv.device) == (9, 0)
         and 3 * n_head * HEAD_SIZE == C3
         and T % TILE == 0
         and B * T > 0
@@ -347,26 +345,3 @@ def backward(
         _tiles(qkv, stream), _tiles(qkv, TILE), _tiles(dout, stream), _tiles(dqkv, TILE), *rest,
         stream, TILE, stages, num_warps=NUM_WARPS,
     )  # fmt: skip
-
-
-def aot_cases(arch: int) -> Iterator[configs.AotCase]:
-    if arch != 90:
-        return
-    for op, kernel in (("attention_fwd", _fwd_kernel), ("attention_dq", _dq_kernel), ("attention_dkdv", _dkdv_kernel)):
-        stream, stages = STREAM[op]
-        streams_q = op == "attention_dkdv"
-        blocks = {"BLOCK_M": stream if streams_q else TILE, "BLOCK_N": TILE if streams_q else stream}
-        for dtype in ("bf16", "fp16"):
-
-            def tiles(rows, dtype=dtype):
-                return f"tensordesc<{dtype}[{rows},{HEAD_SIZE}],{_shared_layout()!r}>"
-
-            of_q, of_kv = tiles(blocks["BLOCK_M"]), tiles(blocks["BLOCK_N"])
-            kinds = {"q_desc": of_q, "out_desc": of_q, "dout_desc": of_q, "dq_desc": of_q, "kv_desc": of_kv, "dkv_desc": of_kv}
-            kinds |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32", "scale_log2e": "fp32"}
-            constants = {"D": HEAD_SIZE, "STAGES": stages, "num_warps": NUM_WARPS} | blocks
-            names = [n for n in kernel.arg_names if n not in constants]
-            aligned = tuple(n for n in names if n.endswith("_ptr") or n in ("T", "lse_stride"))
-            signature = {n: kinds.get(n, "i32") for n in names}
-            name = f"{op}/d{HEAD_SIZE}-gluon-{dtype}"
-            yield configs.AotCase(name, kernel, signature, constants, {"num_warps": NUM_WARPS}, aligned)

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
@@ -22,17 +21,6 @@ ARCHS = (80, 86, 89, 90)  # those with ahead-of-time checks
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
 
 
-class AotCase(NamedTuple):
-    """One kernel variant that ships: what `kernels.report` and its test compile without a GPU."""
-
-    name: str  # attention_fwd/d64
-    kernel: Any  # the @triton.jit function
-    signature: dict[str, str]  # {"x_ptr": "*bf16", "M": "i32"}; constexpr arguments left out
-    constants: dict[str, Any]  # constexpr arguments
-    options: dict[str, int]  # num_warps, num_stages
-    aligned: tuple[str, ...] = ()  # arguments divisible by 16, as Triton sees them at run time
-
-
 @functools.cache
 def _table() -> dict:
     return json.loads(TABLE.read_text())
@@ -40,15 +28,18 @@ def _table() -> dict:
 
 def arch() -> int:
     """80, 86, 89, 90: the newest entry of the table that the current GPU can run (sm_80 under the interpreter)."""
-    return 80 if dispatch.interpreting() else _arch(torch.cuda.current_device())
-
-
-@functools.cache
-def _arch(device: int) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
+    if dispatch.interpreting():
+        return 80
+    major, minor = dispatch.capability()
     if major == 12:  # GeForce and RTX PRO of the Blackwell generation: the shared memory of sm_89, no wgmma
         return 89
     return max(a for a in ARCHS if a <= major * 10 + minor)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere three, so that under the interpreter each program walks several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def lookup(op: str, bucket: str, arch: int) -> dict[str, int]:

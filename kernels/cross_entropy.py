@@ -322,16 +322,3 @@ def linear_cross_entropy(
     need_dw = torch.is_grad_enabled() and weight.requires_grad
     args = (ignore_index, vocab_size, chunk_rows, need_dx, need_dw)
     return _LinearCrossEntropy.apply(x, weight, shadow(weight, x.dtype), targets, *args)
-
-
-def aot_cases(arch: int) -> Iterator[configs.AotCase]:
-    """The row kernel at V = 50,304 with and without gradient, and at a character vocabulary, padded."""
-    types = {"logits_ptr": "*bf16", "targets_ptr": "*i64", "losses_ptr": "*fp32", "stride_m": "i32"}
-    types |= {"V": "i32", "vocab_size": "i32", "ignore_index": "i32"}
-    aligned = ("logits_ptr", "targets_ptr", "losses_ptr", "stride_m", "V")
-    for V, write_grad in ((50304, True), (50304, False), (128, True)):
-        config = configs.lookup("cross_entropy", _bucket(V), arch)
-        options = {"num_warps": config.pop("num_warps")}
-        constants = {"WRITE_GRAD": write_grad, "BLOCK_V": min(config["BLOCK_V"], next_power_of_2(V))}
-        name = f"cross_entropy/V{V}{'' if write_grad else '/loss'}"
-        yield configs.AotCase(name, _cross_entropy_kernel, types, constants, options, aligned)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import aot, configs, dispatch
+from kernels import configs, dispatch
 from kernels.library import custom_op
 from kernels.triton_compat import next_power_of_2, tl, triton
 
@@ -52,16 +52,6 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, length_ptr, out_ptr, stride_qb, stride_b
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * D + cols, out.to(out_ptr.dtype.element_ty), mask=cols < D)
 
 
-def _arguments(config: dict, scale: float, q: Tensor, k: Tensor, v: Tensor, length: Tensor, out: Tensor) -> dict:
-    H, D = k.shape[1], k.shape[3]
-    return {
-        "q_ptr": q, "k_ptr": k, "v_ptr": v, "length_ptr": length, "out_ptr": out,
-        "stride_qb": q.stride(0), "stride_b": k.stride(0), "stride_h": k.stride(1), "stride_t": k.stride(2),
-        "H": H, "scale": scale, "D": D, "BLOCK_T": config["BLOCK_T"], "BLOCK_D": max(16, next_power_of_2(D)),
-        "STAGES": config["STAGES"],
-    }  # fmt: skip
-
-
 @custom_op("attention_decode")
 def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, scale: float) -> Tensor:
     B, H, _, D = k_cache.shape
@@ -71,8 +61,9 @@ def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor
     out = torch.empty(B, H * D, dtype=q.dtype, device=q.device)
 
     def launch(config):
-        arguments = _arguments(config, scale, q, k_cache, v_cache, length, out)
-        _decode_kernel[(B * H,)](**arguments, num_warps=config["num_warps"])
+        strides = q.stride(0), *k_cache.stride()[:3]
+        block_d = max(16, next_power_of_2(D))
+        _decode_kernel[(B * H,)](q, k_cache, v_cache, length, out, *strides, H, scale, D, BLOCK_D=block_d, **config)
 
     bucket = f"d{max(16, next_power_of_2(D))}"
     with torch.cuda.device_of(q):
@@ -126,13 +117,3 @@ def candidates(op: str, arch: int) -> Iterator[dict]:
     for block_t in (16, 32, 64, 128):
         for warps in (2, 4, 8):
             yield {"BLOCK_T": block_t, "STAGES": 3, "num_warps": warps}
-
-
-def aot_cases(arch: int) -> Iterator[configs.AotCase]:
-    for D in (16, 32, 64, 128):
-        config = configs.lookup("attention_decode", f"d{D}", arch)
-        with torch.device("meta"):
-            q, out = torch.empty(2, 8, 12 * D, dtype=torch.bfloat16)
-            k, v = torch.empty(2, 8, 12, 1024, D, dtype=torch.bfloat16)
-            arguments = _arguments(config, 0.125, q, k, v, torch.empty(8, dtype=torch.int32), out)
-        yield aot.case(f"attention_decode/d{D}", _decode_kernel, arguments, {"num_warps": config["num_warps"]})

@@ -8,6 +8,8 @@ backend of each op on a device, and the reason.
 import functools
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -35,11 +37,35 @@ LIMITS = {("gelu_mlp", "cuda"): "tanh GELU in bf16 and fp16 only"}
 
 _fallbacks: dict[str, list[str]] = {}  # by op
 _requested = os.environ.get("NANOGPT_KERNELS", "auto")
+_assumed: tuple[int, int] | None = None  # the capability of a GPU that is not there
 
 
 def interpreting() -> bool:
     """True where Triton's interpreter stands in for a GPU (``TRITON_INTERPRET=1``), so that kernels take CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextmanager
+def assuming(capability: tuple[int, int]) -> Iterator[None]:
+    """Tensors on the meta device take the kernels of a GPU of this capability, for `kernels.report` to look at the launches."""
+    global _assumed
+    _assumed = capability
+    _resolve.cache_clear()
+    try:
+        yield
+    finally:
+        _assumed = None
+        _resolve.cache_clear()
+
+
+def capability(device: torch.device | int | None = None) -> tuple[int, int]:
+    """(9, 0) for an H100; by default of the current GPU."""
+    return _assumed or _capability(torch.cuda.current_device() if device is None else device)
+
+
+@functools.cache
+def _capability(device: torch.device | int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def use(backend: str) -> None:
@@ -123,11 +149,11 @@ def _unavailable(op: str, backend: str, device_type: str) -> str:
             return "Triton is not installed"
         if interpreting():
             return "" if device_type == "cpu" else "Triton's interpreter takes CPU tensors"
-        if device_type != "cuda":
+        if device_type != ("meta" if _assumed else "cuda"):
             return f"Triton has no {device_type} target"
         if torch.version.hip is not None:
             return "ROCm is untested"
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = capability()
         return "" if major >= 8 else f"sm_{major}{minor} is older than sm_80"
     from kernels import extension
 

@@ -274,30 +274,3 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, dropout
     if dispatch.choose("embedding", idx.device.type) == "torch":
         return embedding_ref(idx, wte, wpe, dtype, dropout_p, offset)
     return _Embedding.apply(idx, wte, wpe, draw_seed(idx.device, dropout_p), dtype, dropout_p, offset)
-
-
-def aot_cases(arch: int) -> Iterator[configs.AotCase]:
-    """Forward at GPT-2's widths, the three backward kernels, and all of them with dropout, bf16 activations."""
-    types = dict.fromkeys(("idx_ptr", "seed_ptr", "tokens_ptr", "rows_ptr"), "*i64") | {"y_ptr": "*bf16", "dy_ptr": "*bf16"}
-    types |= dict.fromkeys(("wte_ptr", "wpe_ptr", "dwte_ptr", "dwpe_ptr", "partials_ptr"), "*fp32")
-    types |= dict.fromkeys(("stride_te", "stride_pe", "B", "T", "M", "C", "V", "offset"), "i32") | {"dropout_p": "fp32"}
-    aligned = {name for name in types if name.endswith("_ptr")} | {"stride_te", "stride_pe", "C"}
-
-    def case(name, kernel, config, **constants):
-        options = {"num_warps": config.pop("num_warps")}
-        constants = {n: v for n, v in (config | constants).items() if n in kernel.arg_names}
-        signature = {n: types[n] for n in kernel.arg_names if n not in constants}
-        return configs.AotCase(name, kernel, signature, constants, options, tuple(n for n in signature if n in aligned))
-
-    for C, variant, seed in [(C, "", {"seed_ptr": None}) for C in (384, 768, 1024, 1280, 1600)] + [(768, "/dropout", {})]:
-        bucket, block = _bucket(C)
-        config = configs.lookup("embedding_fwd", bucket, arch)
-        yield case(f"embedding_fwd/C{C}{variant}", _embedding_fwd_kernel, config, BLOCK_C=block, **seed)
-    for variant, seed in (("", {"seed_ptr": None}), ("/dropout", {})):
-        for name, kernel in (
-            ("dwpe", _embedding_dwpe_kernel),
-            ("dwte", _embedding_dwte_kernel),
-            ("runs", _embedding_runs_kernel),
-        ):
-            config = configs.lookup("embedding_bwd", "all", arch)
-            yield case(f"embedding_{name}{variant}", kernel, config, HEADS=HEADS, **seed)

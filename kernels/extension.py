@@ -115,6 +115,7 @@ def _build(name: str) -> None:
                 raise ChildProcessError(f"NANOGPT_BUILD=1: {BUILD} failed; its messages are above")
 
 
+@functools.cache
 def _register_fakes(name: str) -> str:
     """What the ops do to fake tensors, so that torch.compile and opcheck see through them; why not, or an empty string."""
 

@@ -9,12 +9,9 @@ Hendrycks and Gimpel 2016, arXiv:1606.08415.
 gelu_: read (M, N), write it twice (once without the slope). dgelu_: read two, write one. Both run at the memory's speed.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from kernels.configs import AotCase
 from kernels.triton_compat import cdiv, tl, triton
 
 GELU_TILE = {"BLOCK": 1024, "num_warps": 4}  # one 16-byte access a thread
@@ -115,18 +112,3 @@ def dgelu_(grad: Tensor, slope: Tensor, has_bias: bool) -> Tensor:
     partial = grad.new_empty(grid[0] if has_bias else 0, N, dtype=torch.float32)
     _dgelu_kernel[grid](grad, slope, partial, M, N, N, HAS_BIAS=has_bias, **DGELU_TILE)
     return partial
-
-
-def aot_cases() -> Iterator[AotCase]:
-    for tanh, with_slope in ((False, False), (False, True), (True, False), (True, True)):
-        name = f"gelu/{'tanh' if tanh else 'erf'}{'' if with_slope else '-noslope'}"
-        yield _aot_case(name, _gelu_kernel, GELU_TILE | {"TANH": tanh, "WITH_SLOPE": with_slope})
-    for has_bias in (False, True):
-        yield _aot_case(f"dgelu/{'bias' if has_bias else 'nobias'}", _dgelu_kernel, DGELU_TILE | {"HAS_BIAS": has_bias})
-
-
-def _aot_case(name: str, kernel, constants: dict) -> AotCase:
-    options = {"num_warps": constants.pop("num_warps")}
-    runtime = [a for a in kernel.arg_names if a not in constants]
-    signature = {a: "*fp32" if a == "partial_ptr" else "*bf16" if a.endswith("_ptr") else "i32" for a in runtime}
-    return AotCase(name, kernel, signature, constants, options, aligned=tuple(runtime))

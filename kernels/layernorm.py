@@ -12,7 +12,6 @@ so that forward and backward see the same numbers. Bytes per element, 16-bit: fo
 (8; 4 alone); backward reads dy, dr, r and writes dr (8; 6 alone). Parameters and statistics are small beside them.
 """
 
-import functools
 import itertools
 from collections.abc import Iterator
 
@@ -151,11 +150,6 @@ def _bucket(C: int) -> tuple[str, int]:
     return f"c{max(block, 256)}", block
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _for_dropout(config: dict, block: int) -> dict:
     """Philox for more than 32 elements a thread spills registers."""
     return config | {"num_warps": max(config["num_warps"], config["BLOCK_M"] * block // 1024)}
@@ -235,7 +229,7 @@ def _layer_norm_bwd(
 
     def launch(config):
         nonlocal partials
-        limit = config.pop("programs_per_sm") * _multiprocessors(r.device)
+        limit = config.pop("programs_per_sm") * configs.multiprocessors(r.device)
         programs = max(min(limit, cdiv(M, config["BLOCK_M"])), 1)
         partials = torch.empty((1 + has_bias, programs, C), dtype=torch.float32, device=r.device)
         dw, db = partials.unbind() if has_bias else (partials, None)
@@ -337,29 +331,3 @@ def layer_norm_residual(
     if backend == "cpp":
         return cpu.layer_norm_residual(x, residual, weight, bias, eps, dropout_p)
     return _LayerNorm.apply(x, residual, weight, bias, draw_seed(x.device, dropout_p), eps, dropout_p)
-
-
-def aot_cases(arch: int) -> Iterator[configs.AotCase]:
-    """GPT-2's widths in bf16 with a bias, forward and backward on the residual stream; one row alone and one with dropout."""
-    data = dict.fromkeys(
-        ("x_ptr", "residual_ptr", "y_ptr", "r_out_ptr", "r_ptr", "dy_ptr", "dr_out_ptr", "dr_ptr", "dx_ptr"), "*bf16"
-    )
-    fp32 = dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "dw_ptr", "db_ptr"), "*fp32")
-    scalars = {"seed_ptr": "*i64", "stride_xm": "i32", "stride_rm": "i32", "M": "i32", "C": "i32", "eps": "fp32"}
-    types = data | fp32 | scalars | {"dropout_p": "fp32"}
-    aligned = tuple(name for name in types if name not in ("M", "eps", "dropout_p"))
-    plain = {"seed_ptr": None, "dx_ptr": None}
-    alone = {"residual_ptr": None, "r_out_ptr": None, "dr_out_ptr": None}
-    widths = [(C, "", plain) for C in (64, 256, 384, 768, 1024, 1280, 1600, 3072, 8192)]
-    for C, variant, absent in [*widths, (768, "/alone", plain | alone), (768, "/dropout", {})]:
-        bucket, block = _bucket(C)
-        for name, kernel in (("layer_norm_fwd", _layer_norm_fwd_kernel), ("layer_norm_bwd", _layer_norm_bwd_kernel)):
-            config = configs.lookup(name, bucket, arch)
-            if (name, variant) == ("layer_norm_fwd", "/dropout"):
-                config = _for_dropout(config, block)
-            config.pop("programs_per_sm", None)
-            options = {"num_warps": config.pop("num_warps")}
-            constants = {n: None for n in absent if n in kernel.arg_names} | config | {"BLOCK_C": block}
-            signature = {n: types[n] for n in kernel.arg_names if n not in constants}
-            names = tuple(n for n in aligned if n in signature)
-            yield configs.AotCase(f"{name}/C{C}{variant}", kernel, signature, constants, options, names)

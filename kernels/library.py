@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 _nanogpt = torch.library.Library("nanogpt", "FRAGMENT")
+bodies: dict[torch._ops.OpOverload, Callable] = {}  # the function behind each op
 
 
 def custom_op(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
@@ -21,6 +22,8 @@ def custom_op(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
         schema = torch.library.infer_schema(function, mutates_args=())
         _nanogpt.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _nanogpt.impl(name, function, "CompositeExplicitAutograd")
-        return getattr(torch.ops.nanogpt, name).default
+        defined = getattr(torch.ops.nanogpt, name).default
+        bodies[defined] = function
+        return defined
 
     return define

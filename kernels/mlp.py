@@ -18,8 +18,6 @@ table per architecture:
 The ``cuda`` backend has cuBLASLt do the same (kernels/cublaslt.py); it saves pre instead of slope. The other GEMMs are cuBLAS.
 """
 
-import functools
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -146,12 +144,6 @@ def _bwd_kernel(
                 tl.store(partial_ptr + (row // BLOCK_M).to(tl.int64) * N + cols, tl.sum(grad, axis=0), mask=cols < N)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    # Three programs under the interpreter, so that each walks several tiles.
-    return 3 if dispatch.interpreting() else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _fusable(x: Tensor, w: Tensor) -> bool:
     """Whether a fused kernel takes these matrices: 16-bit (fp32 belongs to cuBLAS), rows of whole 16-byte units."""
     if x.dtype == torch.float32 and not dispatch.interpreting():
@@ -178,7 +170,7 @@ def _operands(config: dict[str, int], tiles: dict[str, tuple[str, str]], *matric
 def _grid(config: dict[str, int], M: int, N: int, device: torch.device) -> tuple[int]:
     """`per_sm` resident programs on each SM walk the tiles: one's epilogue runs beside another's matrix products."""
     per_sm = config.pop("per_sm")
-    return (min(cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]), per_sm * _multiprocessors(device)),)
+    return (min(cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]), per_sm * configs.multiprocessors(device)),)
 
 
 def _gelu_fwd(x: Tensor, w: Tensor, bias: Tensor | None, tanh: bool, with_slope: bool) -> tuple[Tensor, Tensor]:
@@ -406,30 +398,3 @@ def bwd_candidates(arch: int) -> Iterator[dict[str, int]]:
     yield UNFUSED
     for values in BWD_TMA_CANDIDATES if arch >= 90 else POINTER_CANDIDATES:
         yield {"fused": 1, **dict(zip(KEYS, values))}
-
-
-def aot_cases(arch: int) -> Iterator[configs.AotCase]:
-    for tanh, has_bias, with_slope in itertools.product((False, True), repeat=3):
-        config = configs.lookup("gelu_mlp_fwd", "default", arch)
-        if config.pop("fused"):
-            flags = {"TANH": tanh, "HAS_BIAS": has_bias, "WITH_SLOPE": with_slope}
-            variant = ("tanh" if tanh else "erf") + ("-bias" if has_bias else "") + ("" if with_slope else "-noslope")
-            yield _aot_case(f"gelu_mlp_fwd/{variant}", _fwd_kernel, FWD_TILES, config, flags)
-    for has_bias in (False, True):
-        config = configs.lookup("gelu_mlp_bwd", "default", arch)
-        if config.pop("fused"):
-            name = "gelu_mlp_bwd/bias" if has_bias else "gelu_mlp_bwd/nobias"
-            yield _aot_case(name, _bwd_kernel, BWD_TILES, config, {"HAS_BIAS": has_bias})
-    yield from gelu.aot_cases()
-
-
-def _aot_case(name: str, kernel, tiles: dict[str, tuple[str, str]], config: dict[str, int], flags: dict[str, bool]):
-    del config["per_sm"]
-    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-    sizes = config | {"PART_N": config["BLOCK_N"] // config["PARTS"]}
-    signature = dict.fromkeys(kernel.arg_names, "i32") | {"bias_ptr": "*bf16", "partial_ptr": "*fp32"}
-    for arg, (rows, cols) in tiles.items():
-        signature[arg] = f"tensordesc<bf16[{sizes[rows]},{sizes[cols]}]>" if config["TMA"] else "*bf16"
-    constants = config | flags
-    aligned = tuple(a for a in kernel.arg_names if a not in constants and not signature[a].startswith("tensordesc"))
-    return configs.AotCase(name, kernel, signature, constants, options, aligned)

@@ -1,38 +1,73 @@
 """Every shipped kernel variant compiles for every supported GPU, within its limits, with that GPU's fast instructions."""
 
+import re
+from pathlib import Path
+
 import pytest
+import torch
 
 pytest.importorskip("triton")
-from kernels import report
+import triton
+
+from kernels import configs, dispatch, report
+from kernels.layernorm import layer_norm
 from tests.helpers import INTERPRET
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")]
 
-# Ops made of matrix products, and what their PTX must hold on an architecture.
-MATMUL = ("attention_fwd", "attention_dq", "attention_dkdv", "gelu_mlp")
-EXPECTED = {80: {"cp.async", "mma"}, 86: {"cp.async", "mma"}, 89: {"cp.async", "mma"}, 90: {"wgmma"}}
+# Kernels made of matrix products, and what their PTX must hold on an architecture.
+MATMUL = ("attention.", "attention_hopper.", "mlp.")
+EXPECTED = {80: {"cp.async", "mma"}, 86: {"cp.async", "mma"}, 90: {"wgmma"}}
 
 
-def _cases():
-    for arch in (80, 86, 90):  # sm_89 has sm_86's code and limits
-        for case in report.cases(arch):
-            yield pytest.param(case, arch, id=f"sm_{arch}-{case.name}")
+def _variants():
+    for arch in EXPECTED:  # sm_89 has sm_86's code and limits
+        for variant in report.variants(arch):
+            yield pytest.param(variant, id=f"sm_{arch}-{variant.name}")
 
 
-@pytest.mark.parametrize(("case", "arch"), list(_cases()) if not INTERPRET else [])
-def test_compiles_within_limits(case, arch):
-    row = report.compile_case(case, arch)
+@pytest.mark.parametrize("variant", [] if INTERPRET else list(_variants()))
+def test_compiles_within_limits(variant):
+    row = report.compiled(variant)
     assert row.problems == []
-    if case.name.startswith(MATMUL):
-        assert EXPECTED[arch] <= set(row.instructions)
+    if variant.name.startswith(MATMUL) and "fp32" not in variant.name:  # which takes no tensor cores
+        assert EXPECTED[variant.arch] <= set(row.instructions)
+
+
+def test_every_kernel_is_looked_at():
+    """The report's calls reach every function named as a kernel, on some architecture."""
+    launched = {(v.kernel.__module__, v.kernel.__name__) for arch in EXPECTED for v in report.variants(arch)}
+    files = (Path(report.__file__).parent).glob("*.py")
+    named = {
+        (f"kernels.{file.stem}", name) for file in files for name in re.findall(r"^def (_\w*_kernel)\(", file.read_text(), re.M)
+    }
+    assert len(named) > 10
+    assert named == launched
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_layer_norm_prefetches_where_a_configuration_says_so(arch):
-    case = next(case for case in report.cases(arch) if case.name == "layer_norm_bwd/C768")
+def test_layer_norm_prefetches_where_a_configuration_says_so(arch, monkeypatch):
+    def backward():
+        x, weight = torch.empty(64, 768, dtype=torch.bfloat16, requires_grad=True), torch.empty(768)
+        layer_norm(x, weight).sum().backward()
+
+    table = configs.lookup
     for stages, wanted in ((1, False), (2, True), (3, True)):
-        row = report.compile_case(case._replace(constants=case.constants | {"STAGES": stages}), arch)
+
+        def lookup(op, *rest, stages=stages):
+            return table(op, *rest) | ({"STAGES": stages} if op == "layer_norm_bwd" else {})
+
+        monkeypatch.setattr(configs, "lookup", lookup)
+        row = report.compiled(report.launches(arch, backward, "C768")[-1])
+        assert row.name == "layernorm.layer_norm_bwd/C768"
         assert ("cp.async" in row.instructions, row.problems) == (wanted, [])
+
+
+def test_launches_leave_the_gpu_s_driver_and_the_backends_alone():
+    before = triton.runtime.driver._active, dispatch.choose("layer_norm", "meta")
+    report.launches(90, lambda: layer_norm(torch.empty(8, 64), torch.empty(64)), "x")
+    assert (triton.runtime.driver._active, dispatch.choose("layer_norm", "meta")) == before
+    assert before[1] == "torch"
 
 
 def test_report_counts_what_is_over_the_limits():

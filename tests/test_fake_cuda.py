@@ -41,7 +41,7 @@ def guard(tmp_path_factory):
 @pytest.fixture
 def fake(monkeypatch, guard):
     """Makes a fake GPU; the CUDA extension's ops are there as schemas and fakes, if it is built."""
-    configs._arch.cache_clear()
+    dispatch._capability.cache_clear()
 
     def make(built=True, **options):
         found = extension.unavailable
@@ -55,7 +55,7 @@ def fake(monkeypatch, guard):
 
     yield make
     monkeypatch.undo()
-    configs._arch.cache_clear()
+    dispatch._capability.cache_clear()
     dispatch.use("auto")
 
 
