@@ -9,7 +9,7 @@ import torch.distributed as dist
 pytest.importorskip("triton")
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from kernels import configs, dispatch, extension
+from kernels import dispatch, extension
 from nanogpt import distributed, generate, resume, train
 from nanogpt.config import GPTConfig
 from nanogpt.data import loader
