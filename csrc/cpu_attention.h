@@ -17,6 +17,7 @@ constexpr int kWidth = 8, kTileRows = 4;
 constexpr int kWidth = 4, kTileRows = 4;
 #endif
 constexpr int64_t kBlock = 16;
+constexpr int kVectors = kBlock / kWidth;
 static_assert(kBlock % kWidth == 0 && kBlock % kTileRows == 0, "padding must make whole tiles");
 
 typedef float vec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
@@ -24,21 +25,22 @@ typedef float vec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias)
 inline const vec& at(const float* p) { return *reinterpret_cast<const vec*>(p); }
 inline vec& at(float* p) { return *reinterpret_cast<vec*>(p); }
 
-// C (kTileRows, kVectors * kWidth) = or += A B with its sums in registers; A[r, k] lies at a[r * ar + k * ak].
-template <int kVectors, bool kAdd>
+// C (kTileRows, kAcross * kWidth) = or += A B with its sums in registers; A[r, k] lies at a[r * ar + k * ak].
+template <int kAcross, bool kAdd>
 inline void tile(int64_t K, const float* a, int64_t ar, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc) {
-  vec sum[kTileRows][kVectors];
+  vec sum[kTileRows][kAcross];
   for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = kAdd ? at(c + r * ldc + v * kWidth) : vec{};
+    for (int v = 0; v < kAcross; ++v) sum[r][v] = kAdd ? at(c + r * ldc + v * kWidth) : vec{};
   }
-  for (int64_t k = 0; k < K; ++k) {
+  int64_t k = 0;
+  do {  // K > 0: GCC keeps `sum` in memory where it has to serve K = 0 too
     for (int r = 0; r < kTileRows; ++r) {
       const float ark = a[r * ar + k * ak];
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += ark * at(b + k * ldb + v * kWidth);
+      for (int v = 0; v < kAcross; ++v) sum[r][v] += ark * at(b + k * ldb + v * kWidth);
     }
-  }
+  } while (++k < K);
   for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) at(c + r * ldc + v * kWidth) = sum[r][v];
+    for (int v = 0; v < kAcross; ++v) at(c + r * ldc + v * kWidth) = sum[r][v];
   }
 }
 
@@ -75,53 +77,85 @@ void copy_out(const float* x, int64_t rows, int64_t columns, T* __restrict out, 
     for (int64_t j = 0; j < columns; ++j) store(out[i * stride + j], x[i * width + j]);
   }
 }
-void transpose(const float* x, int64_t rows, int64_t columns, float* __restrict out) {
-  for (int64_t j = 0; j < columns; ++j) {
-#pragma omp simd
-    for (int64_t i = 0; i < rows; ++i) out[j * rows + i] = x[i * columns + j];
+
+// Fetches rows that are written soon: a store to a line that is in no near cache waits for it, and here they are far apart.
+template <typename T>
+void prefetch(const T* x, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) __builtin_prefetch(x + i * stride + j);
+  }
+}
+
+// out[2 i] = x[i], out[2 i + 1] = x[i + n / 2] of n = 16 x 16 elements: rotates the bits of their indices by one place.
+inline void interleave(const float* x, float* __restrict out) {
+  constexpr int kHalf = kBlock * kBlock / 2;
+  for (int i = 0; i < kHalf; ++i) out[2 * i] = x[i], out[2 * i + 1] = x[i + kHalf];
+}
+
+// (kBlock, columns) -> (columns, kBlock): four places exchange row and column. Compilers interleave on any instruction set; of
+// two plain loops they make gathers, six times as slow.
+void transpose(const float* x, int64_t columns, float* __restrict out) {
+  float a[kBlock * kBlock], b[kBlock * kBlock];
+  for (int64_t j = 0; j < columns; j += kBlock) {
+    for (int r = 0; r < kBlock; ++r) __builtin_memcpy(a + r * kBlock, x + r * columns + j, kBlock * sizeof(float));
+    interleave(a, b);
+    interleave(b, a);
+    interleave(a, b);
+    interleave(b, out + j * kBlock);
+  }
+}
+
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+
+// Scores (keys, queries) of a block on the diagonal: -inf for keys behind the query.
+inline void mask(float* p) {
+  for (int j = 1; j < kBlock; ++j) {
+    for (int l = 0; l < kBlock; ++l) p[j * kBlock + l] = j <= l ? p[j * kBlock + l] : -__builtin_inff();
   }
 }
 
 // One head: qkv points at its first query, rows 3C apart, keys and values C and 2C further; out (T, D) rows C apart.
 template <typename T>
 void attention_head(const T* qkv, T* out, float* lse, int64_t length, int64_t D, int64_t C, float scale, float* scratch) {
-  const int64_t Tp = padded(length), Dp = padded(D), size = Tp * Dp;
-  float* const qt = scratch;  // (Dp, Tp)
-  float* const k = qt + size;
-  float* const v = k + size;
-  float* const p = v + size;  // (Tp, kBlock)
-  float* const o = p + kBlock * Tp;
-  copy_in(qkv, 3 * C, length, D, k);
-  transpose(k, Tp, Dp, qt);
-  copy_in(qkv + C, 3 * C, length, D, k);
-  copy_in(qkv + 2 * C, 3 * C, length, D, v);
+  const int64_t Tp = padded(length), Dp = padded(D);
+  float* const k = scratch;  // (Tp, Dp), like v filled block by block
+  float* const v = k + Tp * Dp;
+  float* const p = v + Tp * Dp;       // (Tp, kBlock)
+  float* const q = p + Tp * kBlock;   // (kBlock, Dp), in the end the output
+  float* const qt = q + kBlock * Dp;  // (Dp, kBlock)
   for (int64_t i0 = 0; i0 < length; i0 += kBlock) {
     const int64_t n = i0 + kBlock, rows = length - i0 < kBlock ? length - i0 : kBlock;
-    multiply<false>(n, kBlock, Dp, k, Dp, 1, qt + i0, Tp, p, kBlock);
-    float maximum[kBlock], sum[kBlock];
-    for (int l = 0; l < kBlock; ++l) maximum[l] = p[l];  // key 0, which every query sees
-    for (int64_t j = 1; j < n; ++j) {
-      float* const pj = p + j * kBlock;
-      for (int l = 0; l < kBlock; ++l) {
-        pj[l] = j <= i0 + l ? pj[l] : -__builtin_inff();
-        maximum[l] = pj[l] > maximum[l] ? pj[l] : maximum[l];
+    const T* const x = qkv + i0 * 3 * C;
+    copy_in(x, 3 * C, rows, D, q);
+    copy_in(x + C, 3 * C, rows, D, k + i0 * Dp);
+    copy_in(x + 2 * C, 3 * C, rows, D, v + i0 * Dp);
+    transpose(q, Dp, qt);
+    multiply<false>(n, kBlock, Dp, k, Dp, 1, qt, kBlock, p, kBlock);
+    mask(p + i0 * kBlock);
+    vec maximum[kVectors], sum[kVectors] = {};
+    for (int u = 0; u < kVectors; ++u) maximum[u] = at(p + u * kWidth);
+    for (int64_t j = 0; j < n; j += 4) {
+      for (int u = 0; u < kVectors; ++u) {
+        const float* const pj = p + j * kBlock + u * kWidth;
+        const vec first = larger(at(pj), at(pj + kBlock)), second = larger(at(pj + 2 * kBlock), at(pj + 3 * kBlock));
+        maximum[u] = larger(maximum[u], larger(first, second));
       }
     }
-    for (int l = 0; l < kBlock; ++l) sum[l] = 0.0f;
+    float highest[kBlock];
+    for (int u = 0; u < kVectors; ++u) at(highest + u * kWidth) = maximum[u];
     for (int64_t j = 0; j < n; ++j) {
       float* const pj = p + j * kBlock;
-      for (int l = 0; l < kBlock; ++l) {
-        pj[l] = fast_exp((pj[l] - maximum[l]) * scale);
-        sum[l] += pj[l];
-      }
+      for (int l = 0; l < kBlock; ++l) pj[l] = fast_exp((pj[l] - highest[l]) * scale);
+      for (int u = 0; u < kVectors; ++u) sum[u] += at(pj + u * kWidth);
     }
-    multiply<false>(kBlock, Dp, n, p, 1, kBlock, v, Dp, o, Dp);
+    prefetch(out + i0 * C, C, rows, D);
+    multiply<false>(kBlock, Dp, n, p, 1, kBlock, v, Dp, q, Dp);
     for (int64_t r = 0; r < rows; ++r) {
-      const float inverse = 1.0f / sum[r];
-      for (int64_t d = 0; d < Dp; ++d) o[r * Dp + d] *= inverse;
-      lse[i0 + r] = maximum[r] * scale + __builtin_logf(sum[r]);
+      const float total = sum[r / kWidth][r % kWidth], inverse = 1.0f / total;
+      for (int64_t d = 0; d < Dp; ++d) q[r * Dp + d] *= inverse;
+      lse[i0 + r] = highest[r] * scale + __builtin_logf(total);
     }
-    copy_out(o, rows, D, out + i0 * C, C);
+    copy_out(q, rows, D, out + i0 * C, C);
   }
 }
 
@@ -129,48 +163,53 @@ void attention_head(const T* qkv, T* out, float* lse, int64_t length, int64_t D,
 template <typename T>
 void attention_head_backward(const T* dout, const T* qkv, const float* lse, T* dqkv, int64_t length, int64_t D, int64_t C,
                              float scale, float* scratch) {
-  const int64_t Tp = padded(length), Dp = padded(D), size = Tp * Dp;
-  float* const q = scratch;
-  float* const k = q + size;
+  const int64_t Tp = padded(length), Dp = padded(D), size = Tp * Dp, block = kBlock * Dp;
+  float* const k = scratch;
   float* const v = k + size;
-  float* const d_o = v + size;
-  float* const qt = d_o + size;   // (Dp, Tp)
-  float* const dot = qt + size;   // (Dp, Tp)
-  float* const dk = dot + size;
+  float* const dk = v + size;
   float* const dv = dk + size;
-  float* const p = dv + size;     // (Tp, kBlock)
+  float* const p = dv + size;  // (Tp, kBlock)
   float* const ds = p + kBlock * Tp;
-  float* const dq = ds + kBlock * Tp;
-  copy_in(qkv, 3 * C, length, D, q);
-  copy_in(qkv + C, 3 * C, length, D, k);
-  copy_in(qkv + 2 * C, 3 * C, length, D, v);
-  copy_in(dout, C, length, D, d_o);
-  transpose(q, Tp, Dp, qt);
-  transpose(d_o, Tp, Dp, dot);
-  __builtin_memset(dk, 0, 2 * size * sizeof(float));
+  float* const q = ds + kBlock * Tp;  // (kBlock, Dp)
+  float* const d_o = q + block;
+  float* const qt = d_o + block;  // (Dp, kBlock)
+  float* const dot = qt + block;
+  float* const dq = dot + block;
   for (int64_t i0 = 0; i0 < length; i0 += kBlock) {
     const int64_t n = i0 + kBlock, rows = length - i0 < kBlock ? length - i0 : kBlock;
-    multiply<false>(n, kBlock, Dp, k, Dp, 1, qt + i0, Tp, p, kBlock);
-    multiply<false>(n, kBlock, Dp, v, Dp, 1, dot + i0, Tp, ds, kBlock);
-    float offset[kBlock], delta[kBlock];
+    const T* const x = qkv + i0 * 3 * C;
+    copy_in(x, 3 * C, rows, D, q);
+    copy_in(x + C, 3 * C, rows, D, k + i0 * Dp);
+    copy_in(x + 2 * C, 3 * C, rows, D, v + i0 * Dp);
+    copy_in(dout + i0 * C, C, rows, D, d_o);
+    transpose(q, Dp, qt);
+    transpose(d_o, Dp, dot);
+    __builtin_memset(dk + i0 * Dp, 0, block * sizeof(float));
+    __builtin_memset(dv + i0 * Dp, 0, block * sizeof(float));
+    multiply<false>(n, kBlock, Dp, k, Dp, 1, qt, kBlock, p, kBlock);
+    multiply<false>(n, kBlock, Dp, v, Dp, 1, dot, kBlock, ds, kBlock);
     // A query of the padding has dO = 0 and so gives no gradient, whatever its P.
-    for (int l = 0; l < kBlock; ++l) offset[l] = l < rows ? lse[i0 + l] : 0.0f, delta[l] = 0.0f;
+    float offset[kBlock] = {};
+    for (int l = 0; l < rows; ++l) offset[l] = lse[i0 + l];
+    mask(p + i0 * kBlock);
+    vec delta[kVectors] = {};
     for (int64_t j = 0; j < n; ++j) {
       float* const pj = p + j * kBlock;
-      const float* const dpj = ds + j * kBlock;
-      for (int l = 0; l < kBlock; ++l) {
-        const float e = fast_exp(pj[l] * scale - offset[l]);
-        pj[l] = j <= i0 + l ? e : 0.0f;
-        delta[l] += pj[l] * dpj[l];
-      }
+      for (int l = 0; l < kBlock; ++l) pj[l] = fast_exp(pj[l] * scale - offset[l]);
+      for (int u = 0; u < kVectors; ++u) delta[u] += at(pj + u * kWidth) * at(ds + j * kBlock + u * kWidth);
     }
     for (int64_t j = 0; j < n; ++j) {
-      const float* const pj = p + j * kBlock;
-      float* const dsj = ds + j * kBlock;
-      for (int l = 0; l < kBlock; ++l) dsj[l] = pj[l] * (dsj[l] - delta[l]) * scale;
+      for (int u = 0; u < kVectors; ++u) {
+        vec& dsj = at(ds + j * kBlock + u * kWidth);
+        dsj = at(p + j * kBlock + u * kWidth) * (dsj - delta[u]) * scale;
+      }
     }
-    multiply<true>(n, Dp, kBlock, p, kBlock, 1, d_o + i0 * Dp, Dp, dv, Dp);
-    multiply<true>(n, Dp, kBlock, ds, kBlock, 1, q + i0 * Dp, Dp, dk, Dp);
+    T* const dx = dqkv + i0 * 3 * C;
+    prefetch(dx, 3 * C, rows, D);
+    multiply<true>(n, Dp, kBlock, p, kBlock, 1, d_o, Dp, dv, Dp);
+    prefetch(dx + C, 3 * C, rows, D);
+    multiply<true>(n, Dp, kBlock, ds, kBlock, 1, q, Dp, dk, Dp);
+    prefetch(dx + 2 * C, 3 * C, rows, D);
     multiply<false>(kBlock, Dp, n, ds, 1, kBlock, k, Dp, dq, Dp);
     copy_out(dq, rows, D, dqkv + i0 * 3 * C, 3 * C);
   }
@@ -180,7 +219,7 @@ void attention_head_backward(const T* dout, const T* qkv, const float* lse, T* d
 
 int64_t attention_scratch(int64_t length, int64_t D) {
   const int64_t Tp = padded(length), Dp = padded(D);
-  return 8 * Tp * Dp + 2 * kBlock * Tp + kBlock * Dp;  // what backward takes, forward needs less
+  return 4 * Tp * Dp + 2 * kBlock * Tp + 5 * kBlock * Dp;  // what backward takes, forward needs less
 }
 
 // Heads [begin, end) of B * H: qkv (B, T, 3C) packed, out (B, T, C), lse (B, H, T).

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -292,9 +293,9 @@ std::tuple<Tensor, Tensor> head_attention(const Tensor& qkv, int64_t n_head, dou
   Tensor out = torch::stable::new_empty(qkv, Shape{s.batch, s.length, s.heads * s.size});
   Tensor lse = torch::stable::new_empty(qkv, Shape{s.batch, s.heads, s.length}, ScalarType::Float);
   torch::stable::parallel_for(0, s.batch * s.heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(cpu().attention_scratch(s.length, s.size));
+    const std::unique_ptr<float[]> scratch(new float[cpu().attention_scratch(s.length, s.size)]);
     cpu().attention(type, qkv.const_data_ptr(), out.mutable_data_ptr(), pointer<float>(lse), begin, end, s.length, s.heads,
-                    s.size, static_cast<float>(scale), scratch.data());
+                    s.size, static_cast<float>(scale), scratch.get());
   });
   return {out, lse};
 }
@@ -309,10 +310,10 @@ Tensor head_attention_backward(const Tensor& dout, const Tensor& qkv, const Tens
                   s.batch * s.heads * s.length, " rows");
   Tensor dqkv = torch::stable::empty_like(qkv);
   torch::stable::parallel_for(0, s.batch * s.heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(cpu().attention_scratch(s.length, s.size));
+    const std::unique_ptr<float[]> scratch(new float[cpu().attention_scratch(s.length, s.size)]);
     cpu().attention_backward(type, dout.const_data_ptr(), qkv.const_data_ptr(), pointer<const float>(lse),
                              dqkv.mutable_data_ptr(), begin, end, s.length, s.heads, s.size, static_cast<float>(scale),
-                             scratch.data());
+                             scratch.get());
   });
   return dqkv;
 }
