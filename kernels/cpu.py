@@ -16,13 +16,22 @@ _ops = torch.ops.nanogpt
 
 
 def keep_memory() -> None:
-    """Tells the C library, where that is glibc, to keep what is freed for the next step: by default it hands large blocks back
-    to the system, which costs some 400 page faults a step of nanoGPT's CPU recipe, 4% of its time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_max, 0)
+    """Tells the C library, where that is glibc, how a training step uses memory.
+
+    What is freed it keeps for the next step: by default it hands large blocks back to the system, which costs some 400 page
+    faults a step of nanoGPT's CPU recipe, 4% of its time. And the first 512 MiB that it takes from now on may lie in pages of
+    2 MiB, where Linux grants them on request, its default: with pages of 4 KiB finding them costs a step 4 to 9%."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    trim_threshold, mmap_max, huge_pages = -1, -4, 14  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h, MADV_HUGEPAGE
+    libc.mallopt(trim_threshold, 2**30)
+    libc.mallopt(mmap_max, 0)
+    libc.malloc.restype, size, page = ctypes.c_void_p, 2**29, 2**12
+    block = libc.malloc(ctypes.c_size_t(size))
+    if block:
+        libc.madvise(ctypes.c_void_p(-(-block // page) * page), ctypes.c_size_t(size - page), huge_pages)
+        libc.free(ctypes.c_void_p(block))
 
 
 class _LayerNorm(Function):

@@ -7,6 +7,8 @@ fp32 anyway), so that neither the gradient nor its sum over micro-steps is ever 
 M rows (B*T), K inputs, N outputs. FLOPs: 2MNK forward, 4MNK backward.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,8 +86,12 @@ def _splits(a: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def split_products() -> bool:
     """Whether :func:`mm` splits fp32 on this machine, with these settings."""
-    allowed = torch.get_float32_matmul_precision() != "highest" and dispatch.choose("linear", "cpu") == "cpp"
-    return allowed and torch.ops.nanogpt.cpu_has_amx()
+    return torch.get_float32_matmul_precision() != "highest" and dispatch.choose("linear", "cpu") == "cpp" and _has_amx()
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return torch.ops.nanogpt.cpu_has_amx()
 
 
 def mm_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -138,7 +138,8 @@ class AdamW(torch.optim.Optimizer):
                 zero_grad=self.keep_gradients,
             )
         if not self.keep_gradients:
-            self.zero_grad(set_to_none=True)
+            for p in params:
+                p.grad = None
         if loss_scale is not None:
             loss_scale.update(norm)
         return unscaled

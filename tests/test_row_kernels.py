@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -430,6 +431,31 @@ def test_memory_is_kept():
         return int(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
 
     assert faults("keep") < 100 < 10_000 < faults("leave")
+
+
+HUGE = """
+import ctypes, re, sys
+from pathlib import Path
+from kernels import cpu
+if sys.argv[1] == "keep": cpu.keep_memory()
+block = ctypes.CDLL(None).malloc
+block.restype = ctypes.c_void_p
+address = block(ctypes.c_size_t(2**28))
+for area in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]:
+    first, last = (int(x, 16) for x in re.match("(\\w+)-(\\w+)", area).groups())
+    if first <= address + 2**27 < last:
+        print(" hg" in area.split("VmFlags:")[1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer has an allocator of its own")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+@pytest.mark.parametrize("how", ["keep", "leave"])
+def test_memory_may_lie_in_huge_pages(how):
+    """What is allocated after keep_memory is marked for huge pages; whether any are free is the system's affair."""
+    command = [sys.executable, "-c", HUGE, how]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == str(how == "keep")
 
 
 def sample_inputs():
