@@ -74,7 +74,7 @@ def made(tmp_path_factory):
     (folder / "a directory").mkdir()
     (folder / "file").write_text("x")
     (folder / "loop").symlink_to("loop")
-    (folder / "nowhere").symlink_to("/nowhere")
+    (folder / "nowhere").symlink_to("gone")
     prepare.main([str(folder / "text.txt"), f"--out={folder / 'text'}"])
     run(folder / "text", folder / "run", **TINY)
     return folder
