@@ -138,7 +138,7 @@ class AdamW(torch.optim.Optimizer):
                 zero_grad=self.keep_gradients,
             )
         if not self.keep_gradients:
-            for p in params:
+            for p in whole:
                 p.grad = None
         if loss_scale is not None:
             loss_scale.update(norm)
