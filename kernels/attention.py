@@ -27,11 +27,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels import attention_hopper, configs, cpu, decode, dispatch
 from kernels.dropout import check_dropout, draw_seed
-from kernels.library import custom_op
+from kernels.library import custom_op, once_differentiable
 from kernels.triton_compat import TensorDescriptor, cdiv, next_power_of_2, tl, triton
 
 decode_attention = decode.decode_attention  # the other half of the op's interface, from a file of its own

@@ -297,6 +297,7 @@ def supports(qkv: Tensor, n_head: int, dropout_p: float) -> bool:
     B, T, C3 = qkv.shape
     return (
         not dispatch.interpreting()
+        and qkv.device.type != "cpu"
         and dispatch.capability(qkv.device) == (9, 0)
         and 3 * n_head * HEAD_SIZE == C3
         and T % TILE == 0

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from kernels.library import once_differentiable
 from kernels.linear import mm, mm_fp32, shadow
 
 _ops = torch.ops.nanogpt
@@ -44,6 +45,7 @@ class _LayerNorm(Function):
         return y if residual is None else (y, r)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dr=None):
         r, weight, statistics = ctx.saved_tensors
         dy = torch.zeros_like(r) if dy is None else dy.contiguous()
@@ -81,6 +83,7 @@ class _GeluMlp(Function):
         return mm(post, s_proj.t(), s_b_proj)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, post, derivative, w_fc, w_proj = ctx.saved_tensors
         dy = dy.contiguous()
@@ -111,6 +114,7 @@ class _Attention(Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         return _ops.head_attention_backward(dout.contiguous(), *ctx.saved_tensors, ctx.n_head, ctx.scale), None, None
 

@@ -20,10 +20,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels import configs, dispatch
-from kernels.library import custom_op
+from kernels.library import custom_op, once_differentiable
 from kernels.linear import mm, shadow
 from kernels.triton_compat import next_power_of_2, tl, triton
 
@@ -245,6 +244,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.sum() / n_valid.clamp(min=1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         dlogits, n_valid = ctx.saved_tensors
         return _scale(dlogits, dlogits, dloss, n_valid), None, None, None

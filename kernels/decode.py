@@ -76,6 +76,16 @@ def _(q, k_cache, v_cache, length, scale):
     return q.new_empty(q.shape)
 
 
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        return attention_decode(*args)
+
+    @staticmethod
+    def backward(ctx, dout):
+        raise RuntimeError("decode_attention has no gradient: it is for inference")
+
+
 def decode_attention_ref(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, scale: float | None = None) -> Tensor:
     B, H, T_max, D = k_cache.shape
     used = int(length.max()) if length.device.type == "cpu" else T_max  # a sum over unused entries is slow, a host sync slower
@@ -110,7 +120,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     if dispatch.choose("attention", q.device.type) != "triton":
         return decode_attention_ref(q, k_cache, v_cache, length, scale)
-    return attention_decode(q, k_cache, v_cache, length, scale)
+    return _Decode.apply(q, k_cache, v_cache, length, scale)
 
 
 def candidates(op: str, arch: int) -> Iterator[dict]:

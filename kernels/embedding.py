@@ -15,11 +15,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels import configs, dispatch
 from kernels.dropout import check_dropout, draw_seed, dropout_factor
-from kernels.library import custom_op
+from kernels.library import custom_op, once_differentiable
 from kernels.triton_compat import cdiv, next_power_of_2, tl, triton
 
 HEADS = 16  # partial sums of a long run loaded at a time

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ SOURCES = {
     "nanogpt_cuda": ("*.cu*", "ops_cuda.cpp", "cuda_kernels.h", "linear_gelu.cpp", "cublaslt.h"),
 }
 BUILD = "python setup.py build_ext --inplace"
+_faked: set[str] = set()
 BUILD_LIMIT = 900  # seconds that a process waits for another one's build
 
 
@@ -72,9 +74,12 @@ def _load(backend: str) -> str:
     except OSError as error:
         return f"{file.name} does not load: {error.__cause__ or error}"
     if backend == "cpp":
-        return _register_fakes(file.name)
-    for op in ("linear_gelu_", "linear_dgelu_"):
-        torch.library.register_fake(f"nanogpt::{op}", lambda *args: "")
+        fakes = _cpu_fakes()
+        if missing := [op for op in fakes if not hasattr(torch.ops.nanogpt, op)]:
+            return f"{file.name} is of an earlier version, without {', '.join(missing)} ({BUILD})"
+        _register_fakes(fakes)
+        return ""
+    _register_fakes({op: lambda *args: "" for op in ("linear_gelu_", "linear_dgelu_")})
     return ""
 
 
@@ -115,9 +120,15 @@ def _build(name: str) -> None:
                 raise ChildProcessError(f"NANOGPT_BUILD=1: {BUILD} failed; its messages are above")
 
 
-@functools.cache
-def _register_fakes(name: str) -> str:
-    """What the ops do to fake tensors, so that torch.compile and opcheck see through them; why not, or an empty string."""
+def _register_fakes(fakes: dict[str, Callable]) -> None:
+    """What ops do to fake tensors, so that torch.compile and opcheck see through them: once, as PyTorch 2.11 wants."""
+    for op, fake in fakes.items():
+        if op not in _faked:
+            torch.library.register_fake(f"nanogpt::{op}", fake)
+            _faked.add(op)
+
+
+def _cpu_fakes() -> dict[str, Callable]:
 
     def statistics(x):
         return x.new_empty((x.numel() // x.shape[-1] if x.shape[-1] else 0, 2), dtype=torch.float32)
@@ -128,7 +139,7 @@ def _register_fakes(name: str) -> str:
     def channels(x, has):
         return x.new_empty(x.shape[-1] if has else 0, dtype=torch.float32)
 
-    fakes = {
+    return {
         "adamw_": lambda *args: None,
         "grad_norm": lambda grads: grads[0].new_empty((), dtype=torch.float32),
         "cross_entropy_rows_": lambda *args: None,
@@ -145,9 +156,3 @@ def _register_fakes(name: str) -> str:
         "split_mm_": lambda *args: None,
         "head_attention_backward": lambda dout, qkv, lse, n_head, scale: torch.empty_like(qkv),
     }  # fmt: skip
-    missing = [op for op in fakes if not hasattr(torch.ops.nanogpt, op)]
-    if missing:
-        return f"{name} is of an earlier version, without {', '.join(missing)} ({BUILD})"
-    for op, fake in fakes.items():
-        torch.library.register_fake(f"nanogpt::{op}", fake)
-    return ""

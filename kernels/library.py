@@ -1,9 +1,10 @@
 """How the functions of this folder become ops: opaque to torch.compile, with a schema, under their names in a profile.
 
-What ``torch.library.custom_op`` does, without the Python that it runs around each call: gradients come from the
-``torch.autograd.Function`` beside an op.
+What ``torch.library.custom_op`` does, without the Python that it runs around each call. An op has no gradient of its own: where
+one may be asked for, a ``torch.autograd.Function`` calls it.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -27,3 +28,16 @@ def custom_op(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
         return defined
 
     return define
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """Of a Function that has no second derivatives. PyTorch's decorator of this name notices only some that are asked for: not
+    those through what was saved, whose share of the gradient would be missing without a word."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise RuntimeError("the kernels have no second derivatives; kernels=torch takes PyTorch's, where it has them")
+        return backward(ctx, *grads)
+
+    return checked

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kernels import dispatch
+from kernels.library import once_differentiable
 
 
 def shadow(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,6 +114,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight_shadow, bias_shadow)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dy2 = dy.reshape(-1, dy.shape[-1])  # (M, N)

@@ -23,11 +23,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels import configs, cpu, cublaslt, dispatch, gelu
 from kernels.gelu import gelu_and_slope_of, gelu_of
-from kernels.library import custom_op
+from kernels.library import custom_op, once_differentiable
 from kernels.linear import linear_ref, mm_fp32, shadow
 from kernels.triton_compat import TensorDescriptor, cdiv, tl, triton
 
@@ -281,21 +280,20 @@ def _(dy, x, post, slope, w_fc, w_proj, has_b_fc, has_b_proj, lt):
 class _GeluMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, s_w_fc, s_b_fc, s_w_proj, s_b_proj, tanh, with_slope, lt):
-        x2 = x.reshape(-1, x.shape[-1])  # (M, C)
-        y, post, slope = _mlp_fwd(x2, s_w_fc, s_b_fc, s_w_proj, s_b_proj, tanh, with_slope, lt)
+        y, post, slope = _mlp_fwd(x, s_w_fc, s_b_fc, s_w_proj, s_b_proj, tanh, with_slope, lt)
         if with_slope:
-            ctx.save_for_backward(x2, post, slope, s_w_fc, s_w_proj)
+            ctx.save_for_backward(x, post, slope, s_w_fc, s_w_proj)
         ctx.dtypes = [None if p is None else p.dtype for p in (w_fc, b_fc, w_proj, b_proj)]
-        ctx.shape, ctx.lt = x.shape, lt
-        return y.view(*x.shape[:-1], y.shape[1])
+        ctx.lt = lt
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         has_b_fc, has_b_proj = ctx.dtypes[1] is not None, ctx.dtypes[3] is not None
-        dx, *grads = _mlp_bwd(dy.reshape(-1, dy.shape[-1]), *ctx.saved_tensors, has_b_fc, has_b_proj, ctx.lt)
+        dx, *grads = _mlp_bwd(dy, *ctx.saved_tensors, has_b_fc, has_b_proj, ctx.lt)
         grads = [None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
-        return dx.view(ctx.shape), *grads, *(None,) * 7
+        return dx, *grads, *(None,) * 7
 
 
 def gelu_mlp_ref(
@@ -337,7 +335,8 @@ def gelu_mlp(
     shadows = [None if p is None else shadow(p, x.dtype) for p in parameters]
     with_slope = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     flags = approximate == "tanh", with_slope, backend == "cuda"
-    return _GeluMlp.apply(x, *parameters, *shadows, *flags)
+    y = _GeluMlp.apply(x.reshape(-1, x.shape[-1]), *parameters, *shadows, *flags)
+    return y.view(*x.shape[:-1], w_proj.shape[0])
 
 
 # What a fused configuration says; FLATTEN: see `_fwd_kernel`; per_sm: programs resident on an SM.

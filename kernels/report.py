@@ -9,6 +9,7 @@ B batch, T sequence, C channels, H heads, D head size, V vocabulary.
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import tempfile
@@ -61,16 +62,19 @@ class Row(NamedTuple):
         return found
 
 
+_devices = itertools.count(1000)  # Triton keeps what it compiled by device; each driver begins anew
+
+
 class _Driver:
     """In place of the GPU's."""
 
     def __init__(self, arch: int):
-        self.arch = arch
+        self.arch, self.device = arch, next(_devices)
 
-    def get_current_device(self) -> str:
-        return f"sm_{self.arch}"  # Triton keeps what it compiled by device
+    def get_current_device(self) -> int:
+        return self.device
 
-    def get_current_stream(self, device: str) -> int:
+    def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_current_target(self):
@@ -180,8 +184,11 @@ CALLS = {
     "fp16": partial(_network, 768, dtype=torch.float16),
     "fp32": partial(_network, 768, dtype=torch.float32, bias=True),
     "char": partial(_network, 384, T=256, V=65, dropout=0.2),
+    "C200": partial(_network, 200, D=40, T=100, V=65),  # rows of no whole 16-byte units: GELU by itself
+    "C200-gpt2": partial(_network, 200, D=40, T=100, V=65, bias=True, tanh=True),
     "C128": partial(_network, 128, D=32, T=64, V=65),
     "C2048": partial(_network, 2048, D=128, bias=True),
+    "C3072": partial(_network, 3072, D=128),
     "C8192": partial(_network, 8192, D=128),
 } | {
     f"D{D}-{kind}": partial(_heads, D, **more)

@@ -45,6 +45,19 @@ def test_every_kernel_is_looked_at():
     assert named == launched
 
 
+def test_every_configuration_is_looked_at(monkeypatch):
+    table, lookup, used = configs._table(), configs.lookup, set()
+
+    def note(op, bucket, arch):
+        used.add((max(a for a in configs.ARCHS if a <= arch and bucket in table.get(f"sm_{a}", {}).get(op, {})), op, bucket))
+        return lookup(op, bucket, arch)
+
+    monkeypatch.setattr(configs, "lookup", note)
+    for arch in configs.ARCHS:
+        report.variants(arch)
+    assert {(int(arch[3:]), op, bucket) for arch, ops in table.items() for op in ops for bucket in ops[op]} == used
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_layer_norm_prefetches_where_a_configuration_says_so(arch, monkeypatch):
     def backward():
