@@ -7,7 +7,7 @@
 #
 #   --only build,step124,tests               the 124M step by component beside its peers (~200 s), all GPU tests (the rest)
 #   --only build,ops,sanitize,startup        every op beside its peers (~200 s), compute-sanitizer (150 s), time to the first step
-#   --only build,truth,step350,step1558      loss curves on two backends (~120 s), 350M (~90 s), 1558M (the rest)
+#   --only build,truth,step350,step1558      loss curves on two backends (~150 s), 350M (~90 s), 1558M (the rest)
 #
 # Parts: build    the CUDA extension, for this GPU's architecture (~60 s)
 #        step124  GPT-2 124M, B=64, T=1024: six providers in turns, breakdown of each

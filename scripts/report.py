@@ -138,12 +138,15 @@ def step_tables(rows: list[Row]) -> str:
     return text
 
 
+YARDSTICKS = {"verdict rounding": "what rounding does (at most 3)", "verdict seeds": "the distance of two seeds (at most 1)"}
+
+
 def curve_tables(rows: list[Row]) -> str:
     """Curves of the loss: where each ends, and how far the kernels' is from the reference's."""
     lines = []
     for r in rows:
         if r["status"] == "ok":
-            ratio = f"{float(r['error']):.2g} of the distance of two seeds" if r["pass"] == "verdict" else ""
+            ratio = f"{float(r['error']):.2g} of {YARDSTICKS[r['pass']]}" if r["pass"] in YARDSTICKS else ""
             lines.append(
                 [f"{r['case']} {r['dtype']}", r["provider"], r["pass"], number(r["loss"], 4) if r["loss"] else "", ratio]
             )

@@ -427,9 +427,10 @@ def test_report_of_curves(tmp_path):
     pytest.importorskip("matplotlib")
     case = {"op": "loss_curves", "case": "124M-B4", "ms": ""}
     curve = case | {"provider": "ours-triton", "pass": "seed 1337", "loss": "4.5678"}
-    verdicts = [case | {"provider": "ours-triton", "pass": "verdict", "error": "0.25"}]
+    verdicts = [case | {"provider": "ours-triton", "pass": "verdict rounding", "error": "2.5"}]
+    verdicts += [case | {"provider": "ours-triton", "pass": "verdict seeds", "error": "0.25"}]
     verdicts += [
-        case | {"provider": "ours-triton", "pass": "verdict", "dtype": "fp32", "status": "wrong: 2 from it", "error": "3"}
+        case | {"provider": "ours-triton", "pass": "verdict seeds", "dtype": "fp32", "status": "wrong: 2 from it", "error": "3"}
     ]
     _rows(tmp_path / "a.csv", curve, *verdicts)
     (tmp_path / "curves").mkdir()
@@ -437,8 +438,9 @@ def test_report_of_curves(tmp_path):
     (tmp_path / "curves" / "c.csv").write_text("\n".join([",".join(loss_curves.COLUMNS), *lines]))
     text = report.section(tmp_path, linked=True)
     assert "| 124M-B4 bf16 | ours-triton | seed 1337 | 4.568 |  |" in text
-    assert "| 124M-B4 bf16 | ours-triton | verdict |  | 0.25 of the distance of two seeds |" in text
-    assert "- 124M-B4 verdict, ours-triton: wrong: 2 from it" in text
+    assert "| 124M-B4 bf16 | ours-triton | verdict rounding |  | 2.5 of what rounding does (at most 3) |" in text
+    assert "| 124M-B4 bf16 | ours-triton | verdict seeds |  | 0.25 of the distance of two seeds (at most 1) |" in text
+    assert "- 124M-B4 verdict seeds, ours-triton: wrong: 2 from it" in text
     report.draw(tmp_path, tmp_path / "plots")
     (plot,) = (tmp_path / "plots").iterdir()
     assert f"](plots/{plot.name})" in text
