@@ -78,7 +78,7 @@ class TrainConfig:
     overwrite: bool = key(False, "from scratch: delete the checkpoints that out_dir holds")
     keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best and the final one (at least 2)")
     checkpoint_minutes: float = key(10.0, "also save whenever this much time has passed (0: never)")
-    async_save: bool = key(True, "save in a thread, from a copy in host memory (12 bytes a parameter)")
+    async_save: bool = key(True, "save in a thread, from a copy in host memory (12 bytes a parameter, on a GPU up to 24)")
     allow_data_change: bool = key(False, "resume on other data or another order of it, which is read from its beginning")
 
     wandb_log: bool = key(False, "log to Weights & Biases", "Tracking")

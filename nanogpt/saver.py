@@ -39,7 +39,8 @@ class Saver:
         keep: newest checkpoints to keep, besides the best and the final one.
         background: write in a thread, from a copy in host memory as large as the tensors (12 bytes a parameter under AdamW),
             which is kept for the next save. Where they are on a GPU it is pinned, and PyTorch rounds each of them up to a power
-            of two bytes: 2.5 GB for GPT-2 124M, 28 GB for 1.5B. Else everything happens in :meth:`save`.
+            of two bytes: 2.5 GB for GPT-2 124M, 28 GB for 1.5B. Else everything happens in :meth:`save`, from the tensors
+            themselves, but for sharded ones, which are put together in such a copy all the same.
 
     Attributes:
         pending: the save under way or, if it has ended, not yet reported; else None.
