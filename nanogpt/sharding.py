@@ -44,8 +44,20 @@ def shard(model: "GPT", world: World, dtype: torch.dtype) -> None:
     for unit in (*model.transformer.h, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     register_fsdp_forward_method(model, "token_losses")
+    set_training(model, True)
     # For the sake of what might change such a view in place, which nothing in the model does
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPBlock\) returned a view")
+
+
+def set_training(model: "GPT", training: bool) -> None:
+    """``model.train(training)``, sharded or not.
+
+    In training, what the model gathers for itself, such as the embeddings, stays from forward to backward, which begins with
+    it. An evaluation has no backward that drops it, and a save after that would find gathered weights in the compute dtype.
+    """
+    model.train(training)
+    if hasattr(model, "set_reshard_after_forward"):
+        model.set_reshard_after_forward(not training, recurse=False)
 
 
 def is_sharded(t: Tensor) -> bool:

@@ -194,7 +194,7 @@ def evaluate(run: Run, stop: distributed.StopRequest, watchdog: Watchdog) -> dic
     sums = torch.zeros(len(splits), 2, device=world.device)  # loss * windows, windows
     stopping = distributed.StopVote(stop, world)
     batches = ((row, *xy) for row, split in zip(sums, splits) for xy in eval_batches(run.data_dir, split, *sizes, world.device))
-    run.model.eval()
+    sharding.set_training(run.model, False)
     for row, x, y in batches:
         watchdog.at("evaluation")
         if len(x):
@@ -204,7 +204,7 @@ def evaluate(run: Run, stop: distributed.StopRequest, watchdog: Watchdog) -> dic
             run.compiled(*torch.zeros(2, 1, 1, dtype=torch.int64, device=world.device))
         watchdog.at("the end of an evaluation's batch")
         if stopping():
-            run.model.train()
+            sharding.set_training(run.model, True)
             return None
     figures = {f"{split}_loss": loss / count for split, (loss, count) in zip(splits, distributed.total(sums).tolist())}
     if run.task and (c.eval_only or run.it % c.eval_hellaswag_interval == 0 or run.it >= run.last):
@@ -215,7 +215,7 @@ def evaluate(run: Run, stop: distributed.StopRequest, watchdog: Watchdog) -> dic
 
         scores = hellaswag.score(run.model, run.task, c.batch_size * c.block_size, world, on_round)
         figures = None if scores is None else figures | {f"hellaswag_{name}": value for name, value in scores.items()}
-    run.model.train()
+    sharding.set_training(run.model, True)
     return figures
 
 

@@ -17,13 +17,28 @@ from tests.test_evaluate import data, items  # noqa: F401
 KEYS = {"fsdp": True, "gradient_accumulation_steps": 4, "dropout": 0.1, "max_iters": 10, "n_embd": 32}
 FILES = (checkpoint.MODEL, checkpoint.OPTIM)
 
-# A run that tells how many bytes of weights and moments and how many elements of gradients this rank has at each update, and
-# which micro-steps exchanged gradients
+# A run that tells how many bytes of weights and moments and how many elements of gradients this rank has at each update, which
+# micro-steps exchanged gradients, whether embeddings and a block are shared out when backward begins, and whether all that is
+# saved is
 MEASURED = """
 import os, sys
+import torch
 from torch.distributed.fsdp import FSDPModule
-from nanogpt import config, optim, sharding, train
-held, grads, exchanges = set(), set(), ""
+from nanogpt import checkpoint, config, optim, sharding, train
+held, grads, exchanges, between, saved = set(), set(), "", set(), set()
+shard, backward, tensors = sharding.shard, torch.Tensor.backward, checkpoint.model_tensors
+def watched(model, *args):
+    shard(model, *args)
+    def noted_backward(loss):
+        t = model.transformer
+        between.add(tuple(sharding.is_sharded(m.weight) for m in (t.wte, t.h[0].ln_1)))
+        backward(loss)
+    torch.Tensor.backward = noted_backward
+sharding.shard = watched
+def noted_tensors(model):
+    saved.update(map(sharding.is_sharded, tensors(model).values()))
+    return tensors(model)
+checkpoint.model_tensors = noted_tensors
 step, sync = optim.AdamW.step, FSDPModule.set_requires_gradient_sync
 def noted(self, wanted):
     global exchanges
@@ -38,7 +53,7 @@ def measured(self, *args):
     return norm
 optim.AdamW.step = measured
 code = train.main(config.load(config.TrainConfig, sys.argv[1:]))
-os.write(1, f"held: {held} {grads} {exchanges}\\n".encode())  # whole, beside the other rank
+os.write(1, f"held: {held} {grads} {exchanges} {between} {saved}\\n".encode())  # whole, beside the other rank
 sys.exit(code)
 """
 
@@ -82,11 +97,12 @@ def test_losses_are_those_of_ddp(sharded, data, tmp_path):  # noqa: F811
 
 
 def test_a_rank_holds_half_and_gradients_are_exchanged_once_an_update(sharded):
+    """The embeddings stay gathered from forward to backward, and are not after an evaluation, when they are saved."""
     out_dir, out = sharded
     elements = sum(t.numel() for t in checkpoint.load_tensors(out_dir / "step-10" / checkpoint.MODEL).values())
     half = elements // 2  # every parameter has an even number of rows, so there is no padding
     held = ", ".join([str(4 * half)] * 3)
-    assert out.count(f"held: {{({held})}} {{{half}}} {'-x' * 10}\n") == 2, out
+    assert out.count(f"held: {{({held})}} {{{half}}} {'-x' * 10} {{(False, True)}} {{True}}\n") == 2, out
 
 
 def test_stopped_and_resumed_it_is_bitwise_the_same(sharded, data, tmp_path):  # noqa: F811
