@@ -167,16 +167,19 @@ def bwd_candidates(arch: int) -> Iterator[dict]:
                 yield {"BLOCK_M": rows, "STAGES": stages, "num_warps": warps, "programs_per_sm": n}
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x (..., C) as (M, C), each row of neighbouring elements."""
+    x2 = x.reshape(-1, x.shape[-1])
+    return x2 if x2.stride(1) == 1 else x2.contiguous()
+
+
 @custom_op("layer_norm_fwd")
 def _layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, seed: Tensor | None, eps: float, dropout_p: float
 ) -> list[Tensor]:
     """[y (..., C), statistics (2, M)], and with a residual r (..., C)."""
-    C = x.shape[-1]
-    x2 = x.reshape(-1, C)  # (M, C)
-    if x2.stride(1) != 1:
-        x2 = x2.contiguous()
-    M = x2.shape[0]
+    x2 = _rows(x)
+    M, C = x2.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = None if residual is None else torch.empty_like(y)
     residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
@@ -214,11 +217,8 @@ def _layer_norm_bwd(
     dropout_p: float,
 ) -> list[Tensor]:
     """[dr (..., C), parameter gradients (1 or 2, C)], and dx (..., C) with dropout."""
-    C = r.shape[-1]
-    r2 = r.reshape(-1, C)  # (M, C)
-    if r2.stride(1) != 1:
-        r2 = r2.contiguous()
-    M = r2.shape[0]
+    r2 = _rows(r)
+    M, C = r2.shape
     dy, weight, dr_out = dy.contiguous(), weight.contiguous(), None if dr_out is None else dr_out.contiguous()
     dr = torch.empty(r.shape, dtype=r.dtype, device=r.device)
     dx = None if seed is None else torch.empty_like(dr)

@@ -20,7 +20,7 @@ is_recent() { # INTERPRETER
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
         command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"
-        is_recent "$PYTHON" || die "PYTHON=$PYTHON: needs Python >= 3.11, this is $("$PYTHON" --version 2>&1 || true)"
+        is_recent "$PYTHON" || die "PYTHON=$PYTHON: needs Python >= 3.11, this is $("$PYTHON" --version 2>&1)"
         echo "$PYTHON"
         return
     fi
@@ -30,7 +30,7 @@ find_python() {
             return
         fi
     done
-    die "needs Python >= 3.11, this is $(python3 --version 2>&1 || true); install one, or set PYTHON=/path/to/python"
+    die "needs Python >= 3.11, this is $(python3 --version 2>&1); install one, or set PYTHON=/path/to/python"
 }
 
 has_gpu() { # this machine
@@ -98,7 +98,7 @@ set_up() {
         return
     fi
     if ! is_recent "$PY"; then
-        [ ! -e .venv ] || die "needs Python >= 3.11, .venv holds $("$PY" --version 2>&1 || true); remove it (rm -r .venv) and run this again"
+        [ ! -e .venv ] || die "needs Python >= 3.11, .venv holds $("$PY" --version 2>&1); remove it (rm -r .venv) and run this again"
         python=$(find_python) || exit 1
         gigabytes=$(has_gpu && echo 12 || echo 4)
         free=$(($(df -Pk . | awk 'NR == 2 { print $4 }') / 1048576))
