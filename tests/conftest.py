@@ -16,6 +16,7 @@ from nanogpt.distributed import StopRequest
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 THREADS = torch.get_num_threads()
 HAS_GPU = torch.cuda.is_available() and not INTERPRET
+KERNELS = dispatch.requested()
 
 
 # A shell starts what it puts in the background without Ctrl-C, and so would the processes be that tests interrupt.
@@ -39,6 +40,7 @@ def _defaults():
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    dispatch.use(KERNELS)
     dispatch._resolve.cache_clear()  # an earlier test may have said of a backend that it is there, or is not
 
 

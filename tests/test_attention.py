@@ -385,10 +385,7 @@ def test_decode_bad_arguments():
 def test_torch_backend_takes_any_head_size():
     qkv = torch.randn(1, 8, 3 * 160, dtype=torch.float64)
     dispatch.use("torch")
-    try:
-        assert torch.equal(causal_attention(qkv, 1), causal_attention_ref(qkv, 1))
-    finally:
-        dispatch.use("auto")
+    assert torch.equal(causal_attention(qkv, 1), causal_attention_ref(qkv, 1))
 
 
 @pytest.mark.gpu

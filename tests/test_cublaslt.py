@@ -24,13 +24,6 @@ COMPILER = shutil.which("c++")
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def _restore():
-    before = dispatch.requested()
-    yield
-    dispatch.use(before)
-
-
 def exact_mlp(x, w, bias, dy, w_proj):
     """fp64: gelu's argument and value, and for gradient dy of value @ w_proj^T that of the argument and its column sums."""
     pre = (x.double() @ w.double().t() + (0 if bias is None else bias.double())).requires_grad_()

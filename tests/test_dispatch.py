@@ -5,13 +5,6 @@ from kernels import dispatch, extension
 from tests.helpers import INTERPRET
 
 
-@pytest.fixture(autouse=True)
-def _restore():
-    before = dispatch.requested()
-    yield
-    dispatch.use(before)
-
-
 def test_torch_can_be_asked_for_everywhere():
     dispatch.use("torch")
     for op, (backend, reason) in dispatch.explain("cpu").items():

@@ -20,13 +20,6 @@ from nanogpt import doctor
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _restore():
-    before = dispatch.requested()
-    yield
-    dispatch.use(before)
-
-
 def run(*options, cwd=None, **environment):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-m", "nanogpt.doctor", *options]

@@ -281,7 +281,6 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys):
 )
 def test_mistakes_are_one_line(trained, capsys, argv, message):
     assert re.search(message, mistake(trained, *argv, capsys=capsys))
-    evaluate.dispatch.use("auto")
 
 
 def test_data_of_other_tokens_is_refused(trained, data, tmp_path, capsys):

@@ -48,7 +48,6 @@ def fake(monkeypatch, guard):
         monkeypatch.setattr(
             extension, "unavailable", lambda op, b: found(op, b) if b != "cuda" else "" if built else "not built"
         )
-        dispatch.use("auto")
         gpu = FakeGPU(monkeypatch, **options)
         monkeypatch.setattr(loader, "_fill", gpu.fill)
         return gpu
@@ -56,7 +55,6 @@ def fake(monkeypatch, guard):
     yield make
     monkeypatch.undo()
     dispatch._capability.cache_clear()
-    dispatch.use("auto")
 
 
 def trained(gpu, monkeypatch, data, out_dir, **keys):

@@ -24,13 +24,6 @@ from tests.helpers import DEVICE, INTERPRET
 TINY = {"block_size": 16, "vocab_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
-@pytest.fixture(autouse=True)
-def _restore():
-    before = dispatch.requested()
-    yield
-    dispatch.use(before)
-
-
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.triton)])
 def backend(request):
     dispatch.use(request.param)

@@ -19,8 +19,7 @@ def backend(request):
     if request.param != "torch" and (missing := extension.unavailable("adamw", request.param)):
         pytest.skip(missing)
     dispatch.use(request.param)
-    yield request.param
-    dispatch.use("auto")
+    return request.param
 
 
 def tensors(shapes, scale=1.0, dtype=torch.float32):

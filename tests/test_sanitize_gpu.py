@@ -6,20 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from kernels import attention, cross_entropy, decode, dispatch, embedding, gelu, layernorm, mlp
+from kernels import attention, cross_entropy, decode, embedding, gelu, layernorm, mlp
 from tests.helpers import INTERPRET
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))  # scripts, not a package
 
 import sanitize_gpu  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def _restore():
-    before = dispatch.requested()
-    yield
-    dispatch.use(before)
 
 
 def start(tmp_path, *options, tool=None):

@@ -439,7 +439,6 @@ def test_r11_resume_on_other_data_is_refused(data, tmp_path, capsys):
 def test_mistakes_found_after_the_command_line(data, tmp_path, capsys, monkeypatch, keys, message):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert message in mistake(capsys, data, tmp_path, **keys)
-    train.dispatch.use("auto")
 
 
 def test_unknown_key_answers_without_importing_torch(tmp_path):
