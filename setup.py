@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 ARCHS = "8.0;9.0+PTX"
 TARGET = 0x020B << 48  # oldest PyTorch that the build runs on: 2.11
-WARNINGS = "-Wall -Wextra -Werror"
+WARNINGS = "-Wall -Wextra"  # errors in tests only: other compilers have warnings of their own
 
 # cpu_kernels.cpp is compiled once for each; ops.cpp picks one at run time. Only the baseline is for every machine.
 INSTRUCTIONS = {"baseline": ""}
@@ -59,13 +60,13 @@ def find_torch() -> tuple[Path, str, str | None]:
 
 def find_compiler() -> str:
     """The C++ compiler, if it compiles an empty program. A CC or CXX that does not run means that there is none."""
-    wanted = [os.environ[v] for v in ("CXX", "CC") if v in os.environ]
-    for command in wanted or ["c++"]:
+    compiler = os.environ.get("CXX", "c++")
+    for command in (os.environ.get("CC", compiler), compiler):
         try:
             subprocess.run([*command.split(), "-fsyntax-only", "-xc++", os.devnull], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
             raise MissingError(f"no C++ compiler: {command} does not run") from None
-    return os.environ.get("CXX", "c++")
+    return compiler
 
 
 def compiles(compiler: str, flags: str, source: Path) -> bool:
@@ -134,12 +135,17 @@ def arch_flags(archs: str) -> str:
     return " ".join(flags)
 
 
+def in_command(path: str) -> str:
+    """A path, which may hold spaces, in a command of a ninja file."""
+    return shlex.quote(path).replace("$", "$$")
+
+
 def ninja_file(compiler: str, torch: Path, cuda: Path | None) -> str:
     """One object per source, one library per extension. The .cu files see no PyTorch header, which keeps them quick."""
-    common = f"-std=c++17 -fPIC -DTORCH_TARGET_VERSION={TARGET:#x}ULL -isystem {torch}/include"
+    common = f"-std=c++17 -fPIC -DTORCH_TARGET_VERSION={TARGET:#x}ULL -isystem {in_command(f'{torch}/include')}"
     cxx = f"{common} -O3 -fvisibility=hidden {WARNINGS} {os.environ.get('CXXFLAGS', '')}"
     shared = "-dynamiclib -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-    link = f"{shared} -L{torch}/lib {os.environ.get('LDFLAGS', '')}"
+    link = f"{shared} -L{in_command(f'{torch}/lib')} {os.environ.get('LDFLAGS', '')}"
     lines = [
         "rule cxx",
         f"  command = {compiler} -MD -MF $out.d {cxx} $flags -c $in -o $out",
@@ -149,14 +155,17 @@ def ninja_file(compiler: str, torch: Path, cuda: Path | None) -> str:
         f"  command = {compiler} $in {link} $libs -o $out",
     ]
     if cuda:
-        nvcc = f"{cuda}/bin/nvcc -ccbin {compiler.split()[0]} -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+        nvcc = f"{in_command(f'{cuda}/bin/nvcc')} -ccbin {compiler.split()[0]} -O3 -std=c++17"
         archs = arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHS))
         lines += [
             "rule nvcc",
-            f"  command = {nvcc} -Werror all-warnings {archs} -MD -MF $out.d -c $in -o $out",
+            f"  command = {nvcc} -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra {archs} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
+
+    def source(name: str) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(CSRC / name))
 
     def build(target: str, rule: str, sources: str, **variables: str) -> str:
         lines.append(f"build {target}: {rule} {sources}")
@@ -165,20 +174,20 @@ def ninja_file(compiler: str, torch: Path, cuda: Path | None) -> str:
 
     x86 = len(INSTRUCTIONS) > 1
     amx = x86 and sys.platform == "linux" and compiles(compiler, AMX, CSRC / "cpu_amx.cpp")
-    objects = [build("ops.o", "cxx", f"{CSRC}/ops.cpp", flags=f"{'-DNANOGPT_X86' * x86} {'-DNANOGPT_AMX' * amx}")]
+    objects = [build("ops.o", "cxx", source("ops.cpp"), flags=f"{'-DNANOGPT_X86' * x86} {'-DNANOGPT_AMX' * amx}")]
     if amx:
         flags = f"{AMX} -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 warns of its own headers
-        objects.append(build("amx.o", "cxx", f"{CSRC}/cpu_amx.cpp", flags=flags + " -Wno-unknown-warning-option"))
+        objects.append(build("amx.o", "cxx", source("cpu_amx.cpp"), flags=flags + " -Wno-unknown-warning-option"))
     for name, flags in INSTRUCTIONS.items():
         # Neither errno nor traps are looked at; without them sqrt and selections vectorise.
         flags += f" -fopenmp-simd -fno-math-errno -fno-trapping-math -Wno-psabi -DTABLE=kernels_{name}"
-        objects.append(build(f"{name}.o", "cxx", f"{CSRC}/cpu_kernels.cpp", flags=flags))
+        objects.append(build(f"{name}.o", "cxx", source("cpu_kernels.cpp"), flags=flags))
     build("nanogpt_cpu.so", "link", " ".join(objects), libs="-ltorch_cpu -lc10")
     if cuda:
-        objects = [build("ops_cuda.o", "cxx", f"{CSRC}/ops_cuda.cpp", flags="-DUSE_CUDA")]
-        objects += [build("linear_gelu.o", "cxx", f"{CSRC}/linear_gelu.cpp", flags="")]
-        objects += [build(f"{source.stem}.o", "nvcc", str(source)) for source in sorted(CSRC.glob("*.cu"))]
-        libs = f"-ltorch_cuda -ltorch_cpu -lc10_cuda -lc10 -L{cuda}/lib64 -lcudart -ldl"
+        objects = [build("ops_cuda.o", "cxx", source("ops_cuda.cpp"), flags="-DUSE_CUDA")]
+        objects += [build("linear_gelu.o", "cxx", source("linear_gelu.cpp"), flags="")]
+        objects += [build(f"{file.stem}.o", "nvcc", source(file.name)) for file in sorted(CSRC.glob("*.cu"))]
+        libs = f"-ltorch_cuda -ltorch_cpu -lc10_cuda -lc10 -L{in_command(f'{cuda}/lib64')} -lcudart -ldl"
         build("nanogpt_cuda.so", "link", " ".join(objects), libs=libs)
     return "\n".join(lines) + "\n"
 

@@ -326,13 +326,11 @@ Matrix matrix_of(const Tensor& t, const char* name) {
                   ", one must be 1");
   return {pointer<const float>(t), t.stride(0), t.stride(1)};
 }
-#endif
 
 constexpr int64_t kSmallProduct = 1 << 20;  // multiplications that do not pay for a second thread
 
 // out = or += a b + bias.
 void split_mm_(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool add) {
-#ifdef NANOGPT_AMX
   STD_TORCH_CHECK(cpu_has_amx(), "split_mm_ needs amx, this is ", chosen().first);
   const Matrix A = matrix_of(a, "a"), B = matrix_of(b, "b"), C = matrix_of(out, "out");
   const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
@@ -365,10 +363,12 @@ void split_mm_(const Tensor& out, const Tensor& a, const Tensor& b, const std::o
       amx_multiply(A, B, bias_data, c, C.row, r, s, depth, add);
     }
   });
-#else
-  STD_TORCH_CHECK(false, "split_mm_: built without AMX");
-#endif
 }
+#else
+void split_mm_(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, bool) {
+  STD_TORCH_CHECK(false, "split_mm_: built without AMX");
+}
+#endif
 
 }  // namespace
 

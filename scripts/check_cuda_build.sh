@@ -21,7 +21,7 @@ mkdir "$copy/kernels" "$copy/nanogpt"
 cp kernels/*.py kernels/*.json "$copy/kernels"
 cd "$copy"
 
-PATH="$(dirname "$python"):$PATH" BUILD_CUDA=1 "$python" setup.py build_ext --inplace
+PATH="$(dirname "$python"):$PATH" BUILD_CUDA=1 CXXFLAGS=-Werror "$python" setup.py build_ext --inplace
 "$python" - <<'END'
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -36,13 +36,14 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what a build needs."""
+    """A copy of what a build needs, in a folder whose name a shell and ninja take apart."""
+    tree = tmp_path / "my $5 projects"
     for name in ("csrc", "kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (tmp_path / "nanogpt").mkdir()
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tree / "nanogpt").mkdir()
     for name in ("setup.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    return tmp_path
+        shutil.copy(ROOT / name, tree / name)
+    return tree
 
 
 def build(tree, **environment):
@@ -89,8 +90,12 @@ def test_status_of_this_machine():
 
 @pytest.mark.parametrize(
     ("environment", "reason"),
-    [({"CC": "false"}, "no C++ compiler: false does not run"), ({"CXX": "/no/such/c++"}, "no C++ compiler: /no/such/c++")],
-    ids=["CC=false", "CXX"],
+    [
+        ({"CC": "false"}, "no C++ compiler: false does not run"),
+        ({"CXX": "/no/such/c++"}, "no C++ compiler: /no/such/c++"),
+        ({"CC": shutil.which("c++") or "c++", "PATH": ""}, "no C++ compiler: "),  # of CC alone
+    ],
+    ids=["CC=false", "CXX", "CC"],
 )
 def test_install_without_a_compiler_is_pure_python(tree, environment, reason):
     result = build(tree, **environment)
@@ -172,18 +177,39 @@ def test_arch_list(setup_functions):
 def test_first_use_builds_once(tree):
     """Two processes that start on a fresh checkout: one builds, both load, and the next build has nothing to do."""
     code = "from kernels import extension; print(repr(extension.unavailable('adamw', 'cpp')))"
-    environment = {**os.environ, "NANOGPT_BUILD": "1", "BUILD_CUDA": "0"}
+    flags = {"BUILD_CUDA": "0", "CXXFLAGS": "-Werror"}
+    environment = {**os.environ, **flags, "NANOGPT_BUILD": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=tree, env=environment, **pipes) for _ in range(2)]
     results = [p.communicate(timeout=500) for p in processes]
     assert [out for out, _ in results] == ["''\n", "''\n"], results
     assert sum("running build_ext" in err for _, err in results) == 1
-    assert "ninja: no work to do" in build(tree, BUILD_CUDA="0").stdout
+    assert "ninja: no work to do" in build(tree, **flags).stdout
     # A weak symbol of an object for AVX could replace the baseline's, which would then not run on older machines.
     for object_file in tree.glob("build/temp*/avx*.o"):
         symbols = subprocess.run(["nm", object_file], capture_output=True, text=True, check=True).stdout
         assert " W " not in symbols
         assert " u " not in symbols
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+@pytest.mark.parametrize("flags", [[], ["-DNANOGPT_X86"]], ids=["other CPUs", "compilers without AMX"])
+def test_what_is_not_built_here_compiles(setup_functions, flags):
+    """As on arm64, on macOS and with GCC 10: the branches of ops.cpp that this machine's own build leaves out."""
+    torch_folder, _, _ = setup_functions["find_torch"]()
+    command = ["c++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *flags]
+    command += [f"-DTORCH_TARGET_VERSION={setup_functions['TARGET']}ULL", "-isystem", torch_folder / "include"]
+    result = subprocess.run([*command, ROOT / "csrc" / "ops.cpp"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_paths_with_spaces(setup_functions):
+    """Those of PyTorch and CUDA, which ninja's commands hold; `tree` has the sources in such a folder."""
+    rules = setup_functions["ninja_file"]("false", Path("/my env/torch"), Path("/my cuda"))
+    assert "-isystem '/my env/torch/include'" in rules
+    assert "-L'/my env/torch/lib'" in rules
+    assert "command = '/my cuda/bin/nvcc'" in rules
+    assert "-L'/my cuda/lib64'" in rules
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
