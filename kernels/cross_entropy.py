@@ -237,9 +237,9 @@ class _CrossEntropy(torch.autograd.Function):
     """In place. A second backward fails on the version counter."""
 
     @staticmethod
-    def forward(ctx, logits, targets, ignore_index, vocab_size):
+    def forward(ctx, logits, targets, ignore_index, vocab_size, write_grad):
         n_valid = (targets != ignore_index).sum()
-        losses = _cross_entropy_fwd(logits, targets, ignore_index, vocab_size, ctx.needs_input_grad[0])
+        losses = _cross_entropy_fwd(logits, targets, ignore_index, vocab_size, write_grad)
         ctx.save_for_backward(logits, n_valid)
         return losses.sum() / n_valid.clamp(min=1)
 
@@ -247,13 +247,15 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         dlogits, n_valid = ctx.saved_tensors
-        return _scale(dlogits, dlogits, dloss, n_valid), None, None, None
+        return _scale(dlogits, dlogits, dloss, n_valid), *(None,) * 4
 
 
-def _check(op: str, rows: torch.Size, targets: Tensor, V: int, vocab_size: int | None) -> int:
+def _check(op: str, rows: Tensor, targets: Tensor, V: int, vocab_size: int | None) -> int:
     """vocab_size with its default."""
-    if targets.shape != rows:
-        raise ValueError(f"{op}: targets of shape {tuple(targets.shape)} for rows of shape {tuple(rows)}")
+    if targets.shape != rows.shape[:-1]:
+        raise ValueError(f"{op}: targets of shape {tuple(targets.shape)} for rows of shape {tuple(rows.shape[:-1])}")
+    if targets.device != rows.device:  # the kernels take addresses as they come
+        raise ValueError(f"{op}: targets on {targets.device}, expected {rows.device}")
     if targets.dtype != torch.int64:
         raise ValueError(f"{op}: targets of dtype {targets.dtype}, expected torch.int64")
     if targets.numel() == 0:
@@ -276,13 +278,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1, vocab
         fp32 scalar, 0 where all targets are ignored.
 
     Raises:
-        ValueError: for shapes that do not fit together, targets not int64, no rows, or a vocab_size above V.
+        ValueError: for shapes or devices that do not fit together, targets not int64, no rows, or a vocab_size above V.
     """
     V = logits.shape[-1]
-    vocab_size = _check("cross_entropy", logits.shape[:-1], targets, V, vocab_size)
+    vocab_size = _check("cross_entropy", logits, targets, V, vocab_size)
     if dispatch.choose("cross_entropy", logits.device.type) == "torch":
         return cross_entropy_ref(logits, targets, ignore_index, vocab_size)
-    return _CrossEntropy.apply(logits.contiguous().view(-1, V), targets.reshape(-1), ignore_index, vocab_size)
+    write_grad = torch.is_grad_enabled() and logits.requires_grad
+    return _CrossEntropy.apply(logits.contiguous().view(-1, V), targets.reshape(-1), ignore_index, vocab_size, write_grad)
 
 
 def linear_cross_entropy(
@@ -307,12 +310,13 @@ def linear_cross_entropy(
         fp32 scalar, 0 where all targets are ignored. The gradient of weight is accumulated over chunks in fp32.
 
     Raises:
-        ValueError: for shapes that do not fit together, targets not int64, no rows, a vocab_size above V, chunk_rows below 1.
+        ValueError: for shapes or devices that do not fit together, targets not int64, no rows, a vocab_size above V,
+            chunk_rows below 1.
     """
     V, C = weight.shape
     if x.shape[-1] != C:
         raise ValueError(f"linear_cross_entropy: x has {x.shape[-1]} channels, weight {C}")
-    vocab_size = _check("linear_cross_entropy", x.shape[:-1], targets, V, vocab_size)
+    vocab_size = _check("linear_cross_entropy", x, targets, V, vocab_size)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"linear_cross_entropy: chunk_rows={chunk_rows}, expected 1 or more")
     if dispatch.choose("cross_entropy", x.device.type) == "torch":

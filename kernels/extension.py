@@ -9,6 +9,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ SOURCES = {
 }
 BUILD = "python setup.py build_ext --inplace"
 _faked: set[str] = set()
+_faking = threading.Lock()
 BUILD_LIMIT = 900  # seconds that a process waits for another one's build
 
 
@@ -122,10 +124,11 @@ def _build(name: str) -> None:
 
 def _register_fakes(fakes: dict[str, Callable]) -> None:
     """What ops do to fake tensors, so that torch.compile and opcheck see through them: once, as PyTorch 2.11 wants."""
-    for op, fake in fakes.items():
-        if op not in _faked:
-            torch.library.register_fake(f"nanogpt::{op}", fake)
-            _faked.add(op)
+    with _faking:
+        for op, fake in fakes.items():
+            if op not in _faked:
+                torch.library.register_fake(f"nanogpt::{op}", fake)
+                _faked.add(op)
 
 
 def _cpu_fakes() -> dict[str, Callable]:

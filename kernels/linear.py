@@ -28,8 +28,11 @@ def shadow(parameter: Tensor, dtype: torch.dtype) -> Tensor:
         return parameter.detach()
     copy = getattr(parameter, "shadow", None)
     stale = copy is None or copy.dtype != dtype or copy.device != parameter.device
-    if torch.compiler.is_compiling() and not stale:
-        return copy
+    if torch.compiler.is_compiling():
+        if not stale:
+            return copy
+    elif parameter.is_inference():  # which has no version counter
+        return parameter.to(dtype)
     if stale or parameter.shadow_version != parameter._version:
         # A copy first made while sampling must serve training too.
         with torch.inference_mode(False), torch.no_grad():

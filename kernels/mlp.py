@@ -318,12 +318,15 @@ def gelu_mlp(
         (..., C_out) in x's dtype.
 
     Raises:
-        ValueError: for another ``approximate``, or shapes that do not chain.
+        ValueError: for another ``approximate``, or shapes that do not fit together.
     """
     if approximate not in APPROXIMATE:
         raise ValueError(f"approximate={approximate!r}: expected one of {', '.join(APPROXIMATE)}")
     if x.shape[-1] != w_fc.shape[1] or w_fc.shape[0] != w_proj.shape[1]:
         raise ValueError(f"x {tuple(x.shape)}, w_fc {tuple(w_fc.shape)}, w_proj {tuple(w_proj.shape)} do not chain")
+    for name, bias, weight in (("b_fc", b_fc, w_fc), ("b_proj", b_proj, w_proj)):
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name} of shape {tuple(bias.shape)} for weights of shape {tuple(weight.shape)}")
     backend = dispatch.choose("gelu_mlp", x.device.type)
     if backend == "cuda" and (reason := cublaslt.uncovered(x.dtype, approximate)):
         backend = dispatch.instead("gelu_mlp", x.device.type, "cuda", reason)

@@ -109,8 +109,13 @@ class AdamW(torch.optim.Optimizer):
         Returns:
             The norm of the unscaled gradients before clipping, an fp32 device scalar. If it is not finite, or was not admitted,
             nothing was updated.
+
+        Raises:
+            ValueError: for parameters without a gradient.
         """
         whole = self.parameters()
+        if missing := sum(p.grad is None for p in whole):
+            raise ValueError(f"optimizer: {missing} of {len(whole)} parameters have no gradient")
         params, grads = [local(p) for p in whole], [local(p.grad) for p in whole]
         exp_avgs, exp_avg_sqs = ([local(self.state[p][key]) for p in whole] for key in ("exp_avg", "exp_avg_sq"))
         norm = grad_norm(grads)
@@ -161,6 +166,11 @@ class AdamW(torch.optim.Optimizer):
         steps = {float(s["step"]) for s in state_dict["state"].values()}
         if len(steps) != 1:
             raise ValueError(f"optimizer state: expected one number of steps for all parameters, got {sorted(steps)}")
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, self.parameters()):
+            found = tuple(state_dict["state"][i]["exp_avg"].shape) if i in state_dict["state"] else "none"
+            if found != p.shape:
+                raise ValueError(f"optimizer state: expected moments of shape {tuple(p.shape)} for parameter {i}, got {found}")
         super().load_state_dict(state_dict)
         self.completed.fill_(steps.pop())
         self.lr.fill_(float(self.param_groups[0]["lr"]))

@@ -123,6 +123,11 @@ def test_gradient_overwrites_logits(dtype):
     before = logits.clone()
     cross_entropy(logits, targets, vocab_size=80)
     assert torch.equal(logits, before)  # no gradient needed, nothing written
+    leaf = before.clone().requires_grad_()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            cross_entropy(leaf, targets, vocab_size=80)
+        assert torch.equal(leaf, before)
     hidden = before.clone().requires_grad_() * 1
     loss = cross_entropy(hidden, targets, vocab_size=80)
     want = torch.zeros(before.shape, device=DEVICE)
@@ -407,6 +412,7 @@ def test_memory_is_one_chunk():
         ({"chunk_rows": 0}, "chunk_rows=0"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, "targets of shape (3,) for rows of shape (4,)"),
         ({"targets": torch.zeros(4, dtype=torch.int32)}, "targets of dtype torch.int32, expected torch.int64"),
+        ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, "targets on meta, expected cpu"),
         ({"weight": torch.randn(64, 15)}, "x has 16 channels, weight 15"),
         ({"x": torch.randn(0, 16), "targets": torch.zeros(0, dtype=torch.int64)}, "no rows"),
     ],

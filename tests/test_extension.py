@@ -5,6 +5,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -210,6 +212,25 @@ def test_paths_with_spaces(setup_functions):
     assert "-L'/my env/torch/lib'" in rules
     assert "command = '/my cuda/bin/nvcc'" in rules
     assert "-L'/my cuda/lib64'" in rules
+
+
+def test_threads_that_load_at_once(monkeypatch):
+    """Each asks first; the fakes are registered once, which PyTorch 2.11 insists on."""
+    registered = []
+
+    def register_fake(op, fake):
+        time.sleep(0.01)
+        registered.append(op)
+
+    monkeypatch.setattr(torch.library, "register_fake", register_fake)
+    monkeypatch.setattr(extension, "_faked", set())
+    fakes = {"a": None, "b": None}
+    threads = [threading.Thread(target=extension._register_fakes, args=(fakes,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert registered == ["nanogpt::a", "nanogpt::b"]
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")

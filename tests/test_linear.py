@@ -158,6 +158,15 @@ def test_shadow_made_in_inference_mode_serves_training():
     assert x.grad is not None
 
 
+def test_shadow_of_a_parameter_made_in_inference_mode():
+    """It has no version counter by which a change would show."""
+    with torch.inference_mode():
+        parameter = torch.nn.Parameter(torch.randn(3, 4))
+        for _ in range(2):
+            assert torch.equal(shadow(parameter, torch.bfloat16), parameter.bfloat16())
+            parameter.add_(1.0)
+
+
 def test_mm_fp32():
     a, b = torch.randn(5, 300).half(), torch.randn(300, 7).half()
     assert mm_fp32(a, b).dtype == torch.float32

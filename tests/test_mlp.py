@@ -260,6 +260,11 @@ def test_bad_arguments():
         mlp.gelu_mlp(x, *parameters, "erf")
     with pytest.raises(ValueError, match=r"x \(4, 8\), w_fc \(32, 16\)"):
         mlp.gelu_mlp(x[:, :8], *parameters)
+    w_fc, b_fc, w_proj, b_proj = parameters
+    with pytest.raises(ValueError, match=r"b_fc of shape \(31,\) for weights of shape \(32, 16\)"):
+        mlp.gelu_mlp(x, w_fc, b_fc[1:], w_proj, b_proj)
+    with pytest.raises(ValueError, match=r"b_proj of shape \(1,\) for weights of shape \(16, 32\)"):
+        mlp.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj[:1])
 
 
 def test_reference_backend_on_request():

@@ -103,6 +103,33 @@ def test_adamw_refuses_unequal_steps():
         AdamW(groups(params), **HYPER).load_state_dict(state)
 
 
+@pytest.mark.parametrize("case", ["missing", "shape"])
+def test_adamw_refuses_the_state_of_other_parameters(case):
+    params, others = parameters(), parameters()
+    if case == "shape":
+        others[0] = torch.nn.Parameter(torch.randn(5, 7))
+    reference = torch_adamw(others)
+    set_gradients(others, 0)
+    if case == "missing":
+        others[0].grad = None
+    reference.step()
+    optimizer = AdamW(groups(params), **HYPER)
+    found = {"missing": "none", "shape": r"\(5, 7\)"}[case]
+    with pytest.raises(ValueError, match=rf"moments of shape \(7, 5\) for parameter 0, got {found}"):
+        optimizer.load_state_dict(reference.state_dict())
+    set_gradients(params, 0)
+    optimizer.step()  # as it was
+
+
+def test_adamw_needs_all_gradients():
+    params = parameters()
+    optimizer = AdamW(groups(params), **HYPER)
+    set_gradients(params, 0)
+    params[1].grad = None
+    with pytest.raises(ValueError, match="1 of 4 parameters have no gradient"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_non_finite_gradient_skips_the_update(bad):
     params = parameters()
