@@ -12,6 +12,7 @@ import torch
 
 from kernels import dispatch
 from nanogpt.distributed import StopRequest
+from nanogpt.tokenizer import GPT2Tokenizer
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 THREADS = torch.get_num_threads()
@@ -22,6 +23,7 @@ KERNELS = dispatch.requested()
 # A shell starts what it puts in the background without Ctrl-C, and so would the processes be that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+HANDLERS = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
 
 
 def pytest_collection_modifyitems(items):
@@ -44,10 +46,25 @@ def _defaults():
     dispatch._resolve.cache_clear()  # an earlier test may have said of a backend that it is there, or is not
 
 
+def _give_back_the_signals():
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def _handlers():
-    """A run in this process takes the signals that ask it to stop; the next test has them as they were."""
-    before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
+    """A run in this process takes the signals that ask it to stop, one in a wider fixture before the test that needs it."""
+    _give_back_the_signals()
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    _give_back_the_signals()
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """GPT-2's tokenizer, its table loaded."""
+    encoder = GPT2Tokenizer()
+    try:
+        encoder.encode("load the table")
+    except ValueError as error:
+        pytest.skip(f"GPT-2's table is neither cached nor reachable: {error}")
+    return encoder

@@ -39,15 +39,6 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def gpt2():
-    try:
-        assets.fetch(assets.GPT2_ENCODER)
-    except ValueError as error:
-        pytest.skip(f"GPT-2's table is neither cached nor reachable: {error}")
-    return tokenizer.GPT2Tokenizer()
-
-
 def documents(count, seed=0):
     """Texts of 0 to 60 words, some of several lines, with letters beyond ASCII."""
     rng = np.random.default_rng(seed)

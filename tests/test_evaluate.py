@@ -24,7 +24,7 @@ from nanogpt.config import GPTConfig, TrainConfig, load
 from nanogpt.data.shards import open_dataset, write_shard
 from nanogpt.distributed import World
 from nanogpt.model import GPT
-from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
+from nanogpt.tokenizer import CharTokenizer
 from tests.test_model import all_logits, spread
 from tests.test_train import TORCHRUN, arguments, losses, records, start
 
@@ -296,9 +296,8 @@ def test_data_of_other_tokens_is_refused(trained, data, tmp_path, capsys):
     assert "no shard of the split train" in mistake(trained, f"--data={tmp_path}", "--split=train", capsys=capsys)
 
 
-def gpt2_data(path, count=700):
+def gpt2_data(path, encoder, count=700):
     """GPT-2's tokens, some ends of documents among them; their text's bytes."""
-    encoder = GPT2Tokenizer()
     tokens = np.array(encoder.encode("Naïve café — 東京 [x] the<|endoftext|>" * 100)[:count], dtype=np.uint16)
     for split in ("train", "val"):
         tokens.tofile(path / f"{split}.bin")
@@ -306,10 +305,10 @@ def gpt2_data(path, count=700):
     return len(text) - text.count(b"<|endoftext|>") * len("<|endoftext|>")
 
 
-def test_gpt2_from_a_directory(tmp_path, capsys):
+def test_gpt2_from_a_directory(gpt2, tmp_path, capsys):
     """The end of a document counts in the loss, and is no byte of the text."""
     (tmp_path / "data").mkdir()
-    size = gpt2_data(tmp_path / "data")
+    size = gpt2_data(tmp_path / "data", gpt2)
     config = transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2)
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path / "hf")
@@ -327,11 +326,11 @@ def test_gpt2_from_a_directory(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("preset", ["eval_gpt2", "eval_gpt2_medium", "eval_gpt2_large", "eval_gpt2_xl"])
-def test_presets_evaluate_the_hubs_models(preset, tmp_path, monkeypatch, capsys):
+def test_presets_evaluate_the_hubs_models(preset, gpt2, tmp_path, monkeypatch, capsys):
     """Through a hub that holds small ones under the large ones' names."""
     name = preset.removeprefix("eval_").replace("_", "-")
     (tmp_path / "data").mkdir()
-    gpt2_data(tmp_path / "data")
+    gpt2_data(tmp_path / "data", gpt2)
     config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -377,12 +377,17 @@ for it in range(10**6):
 """
 
 
+def await_ready(process):
+    """Where names are not resolved, PyTorch warns of that first."""
+    assert "ready\n" in iter(process.stdout.readline, "")
+
+
 @pytest.mark.parametrize("how", ["stopped", "same place"])
 def test_r16_a_stopped_process_and_one_that_waits(how):
     store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     both = [launch(["-c", WATCHED, rank, store.port, "waits"]) for rank in (0, 1)]
     for process in both:
-        assert process.stdout.readline() == "ready\n"
+        await_ready(process)
     if how == "stopped":
         until(lambda: all(store.get(f"x/watchdog/{rank}").endswith(b"update 5") for rank in (0, 1)))
         both[1].send_signal(signal.SIGSTOP)
@@ -403,7 +408,7 @@ def test_r16_a_stopped_process_and_one_that_waits(how):
 def test_r16_a_store_that_is_gone_and_a_process_that_never_came(how):
     store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     with launch(["-c", WATCHED, 0, store.port, "waits"]) as process:
-        assert process.stdout.readline() == "ready\n"
+        await_ready(process)
         until(lambda: store.get("x/watchdog/0").endswith(b"update 5"))
         if how == "no store":
             del store
@@ -498,7 +503,7 @@ def test_r16_progress_keeps_the_watchdog_quiet():
     alone = WATCHED.replace("World(rank, rank, 2", "World(0, 0, 1").replace('"cpu"), store)', '"cpu"))')
     with launch(["-c", alone, 0, store.port, "leaves"]) as process:
         out = process.communicate(timeout=60)[0]
-    assert (process.returncode, out) == (0, "ready\n")
+    assert (process.returncode, "no progress" in out, "ready\n" in out) == (0, False, True), out
 
 
 # R17: the GPU's health

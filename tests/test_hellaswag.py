@@ -13,7 +13,7 @@ import transformers
 from nanogpt import hellaswag, pretrained
 from nanogpt.data import assets
 from nanogpt.distributed import World
-from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
+from nanogpt.tokenizer import CharTokenizer
 
 CPU = World(0, 0, 1, torch.device("cpu"))
 WORDS = [
@@ -58,11 +58,6 @@ def file(contents, tmp_path_factory):
     path = tmp_path_factory.mktemp("hellaswag") / "val.jsonl"
     path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in contents), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return GPT2Tokenizer()
 
 
 def random_gpt2(directory):
@@ -130,13 +125,13 @@ def log_ps_of(model, task, monkeypatch, world=CPU, on_round=None):
     return figures, seen[0]
 
 
-def test_scores_equal_a_plain_implementation(models, file, contents, encoder, monkeypatch):
+def test_scores_equal_a_plain_implementation(models, file, contents, gpt2, monkeypatch):
     ours, theirs = models
-    right, right_norm, log_ps, longest = plain_scores(theirs, encoder.encode, contents)
+    right, right_norm, log_ps, longest = plain_scores(theirs, gpt2.encode, contents)
     assert longest > 97  # some contexts were cut
     assert 0 < sum(right) < 50
     assert right != right_norm
-    task = hellaswag.prepare(hellaswag.read(str(file)), encoder, 96)
+    task = hellaswag.prepare(hellaswag.read(str(file)), gpt2, 96)
     figures, ours = log_ps_of(ours, task, monkeypatch)
     assert figures["acc"] == sum(right) / 50
     assert figures["acc_norm"] == sum(right_norm) / 50
@@ -145,10 +140,10 @@ def test_scores_equal_a_plain_implementation(models, file, contents, encoder, mo
         assert figures[f"{name}_stderr"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(50), rel=1e-12)
 
 
-def test_any_batch_size_and_number_of_ranks_give_the_same_scores(models, file, encoder, monkeypatch):
+def test_any_batch_size_and_number_of_ranks_give_the_same_scores(models, file, gpt2, monkeypatch):
     """The ranks in turns, their parts added; the batches are the same, so the sums are bitwise."""
     model, _ = models
-    task = hellaswag.prepare(hellaswag.read(str(file), limit=9), encoder, 96)
+    task = hellaswag.prepare(hellaswag.read(str(file), limit=9), gpt2, 96)
     alone, expected = log_ps_of(model, task, monkeypatch)
     for size in (2, 3):
         worlds = [World(rank, rank, size, torch.device("cpu")) for rank in range(size)]
@@ -163,15 +158,15 @@ def test_any_batch_size_and_number_of_ranks_give_the_same_scores(models, file, e
         assert again == pytest.approx(alone, abs=1e-12)
 
 
-def test_score_ends_where_it_is_told(models, file, encoder):
-    task = hellaswag.prepare(hellaswag.read(str(file), limit=2), encoder, 96)
+def test_score_ends_where_it_is_told(models, file, gpt2):
+    task = hellaswag.prepare(hellaswag.read(str(file), limit=2), gpt2, 96)
     seen = []
     assert hellaswag.score(models[0], task, 1, CPU, lambda done, total: seen.append(done) or done == 3) is None
     assert seen == [1, 2, 3]
 
 
-def test_one_item_has_no_standard_error(models, file, encoder):
-    figures = hellaswag.score(models[0], hellaswag.load(str(file), encoder, 96, limit=1), 1000, CPU)
+def test_one_item_has_no_standard_error(models, file, gpt2):
+    figures = hellaswag.score(models[0], hellaswag.load(str(file), gpt2, 96, limit=1), 1000, CPU)
     assert figures["acc"] in (0.0, 1.0)
     assert math.isnan(figures["acc_stderr"])
 
@@ -232,18 +227,18 @@ def test_files_that_cannot_be_read(tmp_path):
         hellaswag.read(str(tmp_path / "bytes"))
 
 
-def test_what_a_model_cannot_read_is_named(tmp_path, encoder):
+def test_what_a_model_cannot_read_is_named(tmp_path, gpt2):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(item()) + "\n" + json.dumps(item(endings=["a", "b", "c", "d " * 9])) + "\n")
     with pytest.raises(ValueError, match=f"{path}:2: 9 tokens behind a context of 4: block_size=8 takes endings of 1 to 8"):
-        hellaswag.load(str(path), encoder, 8)
+        hellaswag.load(str(path), gpt2, 8)
     with pytest.raises(ValueError, match=f"{path}:1: character 'A' at 0 is not among the 3"):
         hellaswag.load(str(path), CharTokenizer("abc"), 8)
     with pytest.raises(ValueError, match="needs a tokenizer, and the data has none"):
         hellaswag.load(str(path), None, 8)
     path.write_text(json.dumps(item(activity_label="[", ctx_a="]", ctx_b="", endings=[""] * 4)) + "\n")
     with pytest.raises(ValueError, match=f"{path}:1: 1 tokens behind a context of 0"):
-        hellaswag.load(str(path), encoder, 8)
+        hellaswag.load(str(path), gpt2, 8)
 
 
 def test_the_download_is_pinned(tmp_path, monkeypatch):

@@ -17,15 +17,6 @@ from nanogpt.data.shards import write_shard
 from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
 
 
-@pytest.fixture(scope="session")
-def gpt2():
-    try:
-        assets.fetch(assets.GPT2_ENCODER)
-    except ValueError as error:
-        pytest.skip(f"GPT-2's table is neither cached nor reachable: {error}")
-    return GPT2Tokenizer()
-
-
 @given(st.text(min_size=1))
 @settings(max_examples=50, deadline=None)
 def test_char_roundtrip(text):

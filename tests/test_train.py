@@ -45,7 +45,7 @@ def test_exactly_max_iters_updates_the_last_one_evaluated_and_saved(data, tmp_pa
     for expected in (
         r"device: cpu, float32, 1 process, torch 2\.",
         r"model: 0\.01M parameters, 2 layers",
-        r"data: .*walk\d, tokens: train 20,000, val 3,000, sampling: epoch",
+        r"data: .*walk\d+, tokens: train 20,000, val 3,000, sampling: epoch",
         r"tokens per update: 128 = 2 micro-steps x 4 sequences x 16 tokens; updates: 0 to 12",
         r"kernels: (torch|cpp): .*attention.*\(.*Triton.*\)",
         r"extension: nanogpt_cpu: (loaded \(\w+\)|nanogpt_cpu is not built)",
