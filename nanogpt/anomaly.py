@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from nanogpt import checkpoint
 from nanogpt.config import TrainConfig
-from nanogpt.data.loader import Loader
 from nanogpt.guard import WHY, DivergenceError
 from nanogpt.sharding import whole
 
@@ -34,7 +33,7 @@ def explain(run: "Run", error: DivergenceError) -> str:
     last = f"{run.out_dir}/step-{found[-1]} is untouched" if found else "there is none yet"
     lines = [
         f"{error}; loss {first.loss:g}, gradient norm {first.norm:g}",
-        f"data: samples {begin:,} to {end - 1:,} of the order of seed {config.seed} in {run.data_dir}",
+        f"data: samples {begin:,} to {end - 1:,} of the order of seed {config.seed} in {run.loader.data.path}",
         f"last checkpoint: {last}; the weights in memory are those from before update {first.it}",
         "history (update: loss, gradient norm):",
         *(f"  {s.it}: {s.loss:g}, {s.norm:g}" + f"  {WHY[s.verdict]}" * bool(s.verdict) for s in error.history),
@@ -77,13 +76,8 @@ def dump(run: "Run", it: int, out: Path) -> str:
     from safetensors.torch import save_file
 
     config, world, model = run.config, run.world, run.model
-    loader = Loader(
-        run.data_dir, "train", config.batch_size, config.block_size, world.rank, world.size, config.seed, config.sampling,
-        world.device,
-    )  # fmt: skip
-    loader.load_state(run.loader.state() | {"position": position(run, it)})
-    batches = [next(loader) for _ in range(config.gradient_accumulation_steps // world.size)]
-    loader.close()
+    run.loader.load_state(run.loader.state() | {"position": position(run, it)})
+    batches = [next(run.loader) for _ in range(config.gradient_accumulation_steps // world.size)]
     record: dict[str, Any] = {"iter": it, "rank": world.rank, "losses": []}
     record["weights"] = {name: statistics(whole(p)) for name, p in model.named_parameters()}
     activations, gradients = record["activations"], record["output gradients"] = {}, {}

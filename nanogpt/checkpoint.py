@@ -179,8 +179,13 @@ def discard(path: Path) -> None:
 
 
 def by_loss(states: dict[int, dict]) -> list[int]:
-    """Steps that were evaluated, lowest validation loss first."""
-    known = {step: loss for step, state in states.items() if isinstance(loss := state.get("val_loss"), float)}
+    """Steps that were evaluated, and on the data of the newest, lowest validation loss first."""
+
+    def data(state: dict) -> Any:
+        return state["loader"].get("fingerprint") if isinstance(state.get("loader"), dict) else None
+
+    compare = {step: state for step, state in states.items() if data(state) == data(states[max(states)])}
+    known = {step: loss for step, state in compare.items() if isinstance(loss := state.get("val_loss"), float)}
     return sorted(known, key=lambda step: (known[step], -step))
 
 

@@ -206,13 +206,15 @@ def check_data(config: TrainConfig) -> None:
     from nanogpt.data.shards import open_dataset
 
     try:
-        shards = open_dataset(find(config.dataset)).shards("train")
-        longest = max(shard.count for shard in shards)
-        if config.init_from == "scratch" and not config.resume and longest <= config.block_size:
-            raise ValueError(
-                f"block_size={config.block_size} needs {config.block_size + 1} tokens in a row, not {longest} "
-                f"({shards[0].path.parent})"
-            )
+        data = open_dataset(find(config.dataset))
+        data.shards("train")  # which there must be
+        for split, shards in data.splits.items():
+            longest = max(shard.count for shard in shards)
+            if config.init_from == "scratch" and not config.resume and longest <= config.block_size:
+                raise ValueError(
+                    f"block_size={config.block_size} needs {config.block_size + 1} tokens in a row, not {longest} "
+                    f"({data.path}, split {split})"
+                )
     except (ValueError, OSError) as error:
         fail(error, "train")
 

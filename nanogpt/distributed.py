@@ -68,10 +68,10 @@ def init(config: TrainConfig) -> World:
     store, rank, size = next(dist.rendezvous("env://"))
     # After a crash, torchrun's store still holds the addresses of the dead, which the living would wait for
     store = dist.PrefixStore(f"nanogpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # Later than the watchdog, which can name who hangs, and than a save for which the others wait
-    patience = {"timeout": timedelta(seconds=10 * config.timeout + 60)} if config.timeout else {}
+    # Later than the watchdog, which can name who hangs, and than a save for which the others wait; 3 years stand for ever
+    patience = timedelta(seconds=min(10 * (config.timeout or math.inf) + 60, 1e8))
     device_id = device if backend == "nccl" else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id, **patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id, timeout=patience)
     sys.excepthook = _end
     return World(rank, local_rank, size, device, store)
 

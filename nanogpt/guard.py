@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nanogpt.goodput import Ledger
 from nanogpt.optim import AdamW, LossScale
+from nanogpt.saver import Saver
 from nanogpt.sharding import local
 
 UPDATED, OVERFLOW, NOT_FINITE, SPIKE = range(4)
@@ -136,18 +137,20 @@ def not_finite(model: nn.Module, optimizer: AdamW) -> str:
     return next((name for name, is_bad in zip(named, bad, strict=True) if is_bad), "")
 
 
-def latest_stop(hours: float, ledger: Ledger, parameters: int, updates: int) -> float:
+def latest_stop(hours: float, ledger: Ledger, parameters: int, updates: int, saver: Saver) -> float:
     """The time (of time.time()) at which to stop, so that what is left to do is done before the process has run too long.
 
     Left: three updates, ten seconds, and to write 12 bytes a parameter, for which 100 MB/s are taken, as slow disks have, or
-    one and a half times the longest save so far, whichever is more.
+    one and a half times the longest save so far, whichever is more; twice where one may be under way in the background.
 
     Args:
         hours: that the process may run.
         ledger: of its time.
         parameters: of the model.
         updates: that it has done.
+        saver: of the checkpoints.
     """
-    save = max(12 * parameters / 100e6, 1.5 * ledger.longest("checkpoint"))
+    longest = max(ledger.longest("checkpoint"), saver.longest)  # what the loop waited for it, and what the disk took
+    save = max(12 * parameters / 100e6, 1.5 * longest) * (2 if saver.background else 1)
     update = ledger.elapsed("training") / max(1, updates)
     return ledger.started + hours * 3600 - save - 3 * update - MARGIN

@@ -19,6 +19,7 @@ import torch
 from nanogpt.data import assets
 from nanogpt.distributed import World, assemble, rounds
 from nanogpt.model import GPT
+from nanogpt.sharding import is_sharded
 from nanogpt.tokenizer import Tokenizer
 
 # The validation set, 10,042 items; the repository's last commit, by which the file is named, and the file's published digest
@@ -149,12 +150,14 @@ def score(
     """
     batches = group([len(t) - 1 for t in task.tokens], batch_tokens)
     total = -(-len(batches) // world.size)
+    sharded = any(map(is_sharded, model.parameters()))
     log_p = torch.zeros(len(task.tokens), dtype=torch.float64)
     for done, batch in enumerate(rounds(batches, world), start=1):
-        some = batch or batches[-1]  # in vain where none is left: ranks that share out the weights go through them together
-        values = _log_p(model, [task.tokens[i] for i in some], task.scored[some], world.device)
-        if batch:
-            log_p[batch] = values
+        if batch or sharded:
+            some = batch or batches[-1]  # in vain where none is left: the ranks go through the weights together
+            values = _log_p(model, [task.tokens[i] for i in some], task.scored[some], world.device)
+            if batch:
+                log_p[batch] = values
         if on_round is not None and on_round(done, total):
             return None
     figures = {}

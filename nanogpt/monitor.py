@@ -202,6 +202,8 @@ class Console:
         if self.progress is None:
             try:
                 print(line, flush=True)
+            except BrokenPipeError:  # its reader is gone, as `| tee` is after Ctrl-C, which this process saves after
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # into a file: Python keeps the line for the next print
                     raise

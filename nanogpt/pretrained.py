@@ -201,7 +201,8 @@ def check_vocabulary(weights: Weights, dataset: str, vocab_size: int) -> None:
 def starting_ckpt(config: TrainConfig) -> Path | None:
     """The ckpt.pt that ``--init_from=resume`` continues: out_dir holds one of nanoGPT's and no checkpoint of ours yet."""
     path = Path(config.out_dir) / CKPT
-    return path if config.init_from == "resume" and path.exists() and not checkpoint.steps(path.parent) else None
+    asked = config.init_from == "resume" and not config.resume  # which names a checkpoint of ours
+    return path if asked and path.exists() and not checkpoint.steps(path.parent) else None
 
 
 def asked(config: TrainConfig) -> list[str]:

@@ -68,10 +68,11 @@ def restore(run: "Run", path: Path, state: dict) -> None:
     tensors = checkpoint.load_tensors(path / checkpoint.OPTIM)
     checkpoint.restore_optim(run.model, run.optimizer, run.loss_scale, tensors, path / checkpoint.OPTIM)
     restore_data(run, path, state)
-    run.it, run.tokens, run.evaluated = state["iter"], state["tokens"], state["evaluated"]
-    run.val_loss = math.nan if state["val_loss"] is None else state["val_loss"]
-    run.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
-    run.stale = state["stale"]
+    run.it, run.tokens = state["iter"], state["tokens"]
+    if state["loader"].get("fingerprint") == run.loader.fingerprint:  # losses on other data do not compare
+        run.evaluated, run.stale = state["evaluated"], state["stale"]
+        run.val_loss = math.nan if state["val_loss"] is None else state["val_loss"]
+        run.best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
     run.resumed, run.final = True, run.it if state["final"] else -1
     try:
         run.guard.load_state(state["guard"])
@@ -153,7 +154,7 @@ def save(run: "Run", status: str) -> bool:
         "model": asdict(run.model.config),
         "loader": run.loader.state(),
         "dataset": run.dataset(),
-        "data_dir": str(run.data_dir.absolute()),
+        "data_dir": str(run.loader.data.path.absolute()),
         "rng": rng,
         "torch": torch.__version__,
         "time": time.time(),

@@ -44,13 +44,15 @@ class Saver:
 
     Attributes:
         pending: the save under way or, if it has ended, not yet reported; else None.
-        progress: called, from the thread that writes, as a save gets on.
+        longest: seconds of the longest save so far, in the background or not.
+        progress: called, from the thread that copies or writes, as a save gets on.
     """
 
     def __init__(self, out_dir: Path, keep: int, background: bool = True):
         self.out_dir, self.keep, self.background = out_dir, keep, background
         self._thread = ThreadPoolExecutor(1, "saver")  # interpreter exit waits for it too
         self.pending: Future[None] | None = None
+        self.longest = 0.0
         self.progress: Callable[[], None] = lambda: None
         self._host: dict[tuple[str, str], Tensor] = {}
 
@@ -102,11 +104,14 @@ class Saver:
             if host is None or host.shape != t.shape or host.dtype != t.dtype:
                 host = self._host[file, name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
             copies[name] = host.copy_(whole(t.detach()), non_blocking=t.is_cuda)
+            self.progress()
         return copies
 
     def _write(self, step: int, model: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any]) -> None:
+        begun = time.monotonic()
         checkpoint.save(self.out_dir, step, model, optim, state, self.progress)
         prune(self.out_dir, self.keep, self.progress)
+        self.longest = max(self.longest, time.monotonic() - begun)
 
 
 def _report(attempt: Callable[[], object]) -> bool:

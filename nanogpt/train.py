@@ -33,8 +33,7 @@ from kernels import cpu, dispatch, extension
 from kernels.linear import shadow, split_products
 from nanogpt import anomaly, checkpoint, distributed, faults, hellaswag, monitor, pretrained, resume, sharding, tokenizer
 from nanogpt.data import find
-from nanogpt.data.loader import Loader, eval_batches
-from nanogpt.data.shards import SPLITS, open_dataset
+from nanogpt.data.loader import Loader, TokenError, Windows, eval_batches
 from nanogpt.guard import WHY, DivergenceError, Guard, Step, latest_stop
 from nanogpt.model import GPT
 from nanogpt.optim import AdamW, LossScale, learning_rate
@@ -50,7 +49,6 @@ class Run:
 
     config: TrainConfig
     world: distributed.World
-    data_dir: Path
     loader: Loader
     model: GPT  # the parameters
     compiled: nn.Module  # what evaluates: the model, or torch.compile of it
@@ -132,9 +130,8 @@ def setup(config: TrainConfig) -> Run:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    data_dir = find(config.dataset)
     loader = Loader(
-        data_dir,
+        find(config.dataset),
         split="train",
         batch_size=config.batch_size,
         block_size=config.block_size,
@@ -144,6 +141,11 @@ def setup(config: TrainConfig) -> Run:
         sampling=config.sampling,
         device=world.device,
     )
+    data = loader.data
+    for shards in data.splits.values():  # what is too short to evaluate is told now
+        Windows(shards, config.block_size, config.seed, config.sampling)
+    if config.patience and "val" not in data.splits:
+        raise ValueError(f"patience={config.patience}: {data.path} has no split val to evaluate")
     if weights:
         pretrained.check_vocabulary(weights, config.dataset, loader.vocab_size)
         model = weights.model(world.device, dtype, config.block_size, config.dropout)
@@ -166,12 +168,10 @@ def setup(config: TrainConfig) -> Run:
     wrapped = model if config.fsdp else distributed.wrap(compiled, world, dtype)
     task = None
     if config.hellaswag:
-        task = hellaswag.load(config.hellaswag, tokenizer.load(data_dir), config.block_size)
+        task = hellaswag.load(config.hellaswag, tokenizer.load(data.path), config.block_size)
     guard = Guard(world.device, loss_scale, config.spike_guard, config.max_bad_steps)
     saver = Saver(Path(config.out_dir), config.keep_checkpoints, config.async_save)
-    run = Run(config, world, data_dir, loader, model, compiled, wrapped, optimizer, loss_scale, guard, saver, lock, task)
-    if config.patience and not open_dataset(data_dir).splits.get("val"):
-        raise ValueError(f"patience={config.patience}: {data_dir} has no split val to evaluate")
+    run = Run(config, world, loader, model, compiled, wrapped, optimizer, loss_scale, guard, saver, lock, task)
     if path:
         resume.restore(run, path, state)
     elif ckpt:
@@ -190,10 +190,10 @@ def evaluate(run: Run, stop: distributed.StopRequest, watchdog: Watchdog) -> dic
     windows, and HellaSwag's accuracies where they are due."""
     c, world = run.config, run.world
     sizes = c.batch_size, c.block_size, c.eval_iters, world.rank, world.size
-    splits = [split for split in SPLITS if open_dataset(run.data_dir).splits.get(split)]
-    sums = torch.zeros(len(splits), 2, device=world.device)  # loss * windows, windows
+    data = run.loader.data
+    sums = torch.zeros(len(data.splits), 2, device=world.device)  # loss * windows, windows
     stopping = distributed.StopVote(stop, world)
-    batches = ((row, *xy) for row, split in zip(sums, splits) for xy in eval_batches(run.data_dir, split, *sizes, world.device))
+    batches = ((row, *xy) for row, split in zip(sums, data.splits) for xy in eval_batches(data, split, *sizes, world.device))
     sharding.set_training(run.model, False)
     for row, x, y in batches:
         watchdog.at("evaluation")
@@ -206,7 +206,7 @@ def evaluate(run: Run, stop: distributed.StopRequest, watchdog: Watchdog) -> dic
         if stopping():
             sharding.set_training(run.model, True)
             return None
-    figures = {f"{split}_loss": loss / count for split, (loss, count) in zip(splits, distributed.total(sums).tolist())}
+    figures = {f"{split}_loss": loss / count for split, (loss, count) in zip(data.splits, distributed.total(sums).tolist())}
     if run.task and (c.eval_only or run.it % c.eval_hellaswag_interval == 0 or run.it >= run.last):
 
         def on_round(*_) -> bool:
@@ -306,7 +306,7 @@ def train(run: Run, log: monitor.Monitor | None, stop: distributed.StopRequest, 
 
         watchdog.at("the update")
         if log and config.max_hours:
-            stop.until = latest_stop(config.max_hours, log.ledger, run.model.parameter_count(False), run.it - begun)
+            stop.until = latest_stop(config.max_hours, log.ledger, run.model.parameter_count(False), run.it - begun, run.saver)
         votes[0].fill_(bool(stop))  # `votes[0] =` would wait for a GPU
         if world.main and config.checkpoint_minutes and time.monotonic() - last_save > config.checkpoint_minutes * 60:
             votes[1].fill_(1)
@@ -328,16 +328,15 @@ def banner(run: Run, peak: float | None) -> str:
     """What the run is about to do, and with what."""
     config, world, device = run.config, run.world, run.world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    data = open_dataset(run.data_dir)
-    counts = ", ".join(f"{split} {data.count(split):,}" for split in SPLITS if data.splits.get(split))
-    c = run.model.config
+    data, c = run.loader.data, run.model.config
+    counts = ", ".join(f"{split} {data.count(split):,}" for split in data.splits)
     lines = [
         f"device: {name}, {str(run.model.dtype).removeprefix('torch.')}, {world.size} process{'es' * (world.size > 1)}"
         f"{', sharded' if config.fsdp else ''}, "
         f"torch {torch.__version__}{', deterministic' if config.deterministic else ''}{', compiled' if config.compile else ''}",
         f"model: {run.model.parameter_count() / 1e6:.2f}M parameters, {c.n_layer} layers, {c.n_head} heads, "
         f"{c.n_embd} channels, vocabulary {c.vocab_size}, {c.gelu} GELU",
-        f"data: {run.data_dir}, tokens: {counts}, sampling: {config.sampling}",
+        f"data: {data.path}, tokens: {counts}, sampling: {config.sampling}",
         f"tokens per update: {run.tokens_per_update:,} = {config.gradient_accumulation_steps} micro-steps x "
         f"{config.batch_size} sequences x {config.block_size} tokens; updates: {run.it} to {run.last:,}",
     ]
@@ -391,7 +390,7 @@ def main(config: TrainConfig, started: float | None = None) -> int:
                     clear(run.out_dir)
                 elif config.resume:
                     abandon(run.out_dir, run.it)
-                tokenizer.save_beside(run.data_dir, run.out_dir)
+                tokenizer.save_beside(run.loader.data.path, run.out_dir)
                 monitor.write_status(run.out_dir, run.it, "running")
     except (ValueError, OSError) as error:
         distributed.fail(error, "train")
@@ -417,12 +416,17 @@ def main(config: TrainConfig, started: float | None = None) -> int:
         state = train(run, log, stop, watchdog)
         if state == "preempted":
             run.reason = stop.reason
+        elif state == "failed":
+            run.reason = "the last checkpoint was not written"
     except DivergenceError as error:
         run.reason = str(error)
         if world.main:
             print(anomaly.explain(run, error), file=sys.stderr)
         if out := anomaly.directory(config):
             print(anomaly.dump(run, error.first.it, out), file=sys.stderr)
+    except TokenError as error:
+        run.reason, code = str(error), 2
+        print(f"train: rank {world.rank}: {run.reason}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
         if not anomaly.out_of_memory(error):
             raise
@@ -435,6 +439,8 @@ def main(config: TrainConfig, started: float | None = None) -> int:
         try:
             run.saver.close()
         finally:  # told even where it raises, which it does only of a run that has failed
+            if not run.reason and (uncaught := sys.exc_info()[1]):
+                run.reason = repr(uncaught)[:300]
             status(state, run.reason)
             if log:
                 because = f" ({run.reason.splitlines()[0]})" if run.reason else ""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nanogpt import distributed
+from nanogpt.config import TrainConfig
 from nanogpt.distributed import Readback, World, pick_device, pick_dtype
 
 CPU = World(0, 0, 1, torch.device("cpu"))
@@ -69,6 +70,17 @@ def test_dtype(monkeypatch):
         )
         assert pick_dtype("auto", cuda) == dtype
     assert pick_dtype("float32", torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize(("timeout", "seconds"), [(600, 6060), (0, 1e8), (1e12, 1e8)])
+def test_collectives_wait_longer_than_the_watchdog(monkeypatch, timeout, seconds):
+    seen = {}
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **keys: seen.update(keys))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    distributed.init(TrainConfig(device="cpu", timeout=timeout))
+    assert seen["timeout"].total_seconds() == seconds
 
 
 def test_readback_averages_over_the_ranks(monkeypatch):

@@ -870,10 +870,15 @@ def test_latest_stop_leaves_time_for_what_is_left():
     ledger.enter("training")
     now.t += 20
     end = 990 + 3600
-    assert guard.latest_stop(1.0, ledger, parameters=10**8, updates=10) == end - 12 - 3 * 2 - 10
+    foreground, background = (types.SimpleNamespace(background=b, longest=0.0) for b in (False, True))
+    assert guard.latest_stop(1.0, ledger, 10**8, 10, foreground) == end - 12 - 3 * 2 - 10
+    assert guard.latest_stop(1.0, ledger, 10**8, 10, background) == end - 2 * 12 - 3 * 2 - 10
+    background.longest = 20.0
+    assert guard.latest_stop(1.0, ledger, 10**8, 10, background) == end - 2 * 30 - 3 * 2 - 10
     with ledger.spend("checkpoint"):
         now.t += 40
-    assert guard.latest_stop(1.0, ledger, parameters=10**8, updates=10) == end - 60 - 3 * 2 - 10
+    assert guard.latest_stop(1.0, ledger, 10**8, 10, foreground) == end - 60 - 3 * 2 - 10
+    assert guard.latest_stop(1.0, ledger, 10**8, 10, background) == end - 2 * 60 - 3 * 2 - 10
 
 
 # Threads and the end of a process

@@ -1,12 +1,13 @@
 """--fsdp: two processes share out one model (gloo), beside DDP and one process; and the kernels on 16-bit parameters."""
 
 import json
+import threading
 
 import pytest
 import torch
 
 from kernels import dispatch, extension
-from nanogpt import anomaly, checkpoint, sharding
+from nanogpt import anomaly, checkpoint, saver, sharding
 from nanogpt.config import GPTConfig, TrainConfig, load
 from nanogpt.distributed import World
 from nanogpt.model import GPT
@@ -209,6 +210,17 @@ def test_every_rank_must_have_a_row(monkeypatch, rows, size, fits):
     refusal = rf"fsdp=True: transformer\.wpe\.weight of shape \({rows}, 64\) cannot be shared out over {size} processes"
     with pytest.raises(AcceptedError if fits else ValueError, match=None if fits else refusal):
         sharding.shard(model, World(0, 0, size, torch.device("cpu")), torch.float32)
+
+
+def test_gathering_for_a_save_is_progress(tmp_path, monkeypatch):
+    """Each tensor is, as the one before the next, which the ranks put together."""
+    seen = []
+    monkeypatch.setattr(saver, "whole", lambda t: seen.append("tensor") or t)
+    writer = saver.Saver(tmp_path, keep=2)
+    writer.progress = lambda: seen.append("progress") if threading.current_thread() is threading.main_thread() else None
+    assert writer.save(1, {"a": torch.ones(2), "b": torch.ones(3)}, {"c": torch.ones(1)}, {})
+    assert seen == ["tensor", "progress"] * 3
+    writer.close()
 
 
 def test_what_is_not_sharded_is_left_alone():

@@ -149,7 +149,11 @@ def test_any_batch_size_and_number_of_ranks_give_the_same_scores(models, file, g
         worlds = [World(rank, rank, size, torch.device("cpu")) for rank in range(size)]
         rounds = [[] for _ in worlds]
         tell = [lambda done, total, seen=seen: seen.append((done, total)) for seen in rounds]
-        parts = [log_ps_of(model, task, monkeypatch, *each)[1] for each in zip(worlds, tell)]
+        with monkeypatch.context() as patch:
+            work, find = [], hellaswag._log_p
+            patch.setattr(hellaswag, "_log_p", lambda *args, work=work, find=find: work.append(len(args[1])) or find(*args))
+            parts = [log_ps_of(model, task, monkeypatch, *each)[1] for each in zip(worlds, tell)]
+        assert sum(work) == 9 * 4  # nothing twice, where a rank has nothing in the last round
         assert torch.equal(sum(parts), expected)
         assert all(seen == rounds[0] for seen in rounds)  # so that the ranks can vote after each
         assert rounds[0] == [(i + 1, len(rounds[0])) for i in range(len(rounds[0]))]

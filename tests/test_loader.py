@@ -8,7 +8,7 @@ import torch
 
 from nanogpt.data import order
 from nanogpt.data.loader import Loader, eval_batches
-from nanogpt.data.shards import write_shard
+from nanogpt.data.shards import open_dataset, write_shard
 
 B, T = 4, 8
 
@@ -208,7 +208,7 @@ def test_too_short_data(tmp_path, sampling):
     with pytest.raises(ValueError, match=f"block_size={T} needs {T + 1} tokens in a row, not {T}"):
         Loader(data, "train", B, T, sampling=sampling)
     with pytest.raises(ValueError, match=f"block_size={T}"):
-        list(eval_batches(data, "train", B, T, 1))
+        list(eval_batches(open_dataset(data), "train", B, T, 1))
 
 
 def test_unknown_sampling(data):
@@ -217,7 +217,10 @@ def test_unknown_sampling(data):
 
 
 def evaluated(data, n_batches, world_size=1, batch_size=B):
-    parts = [list(eval_batches(data, "train", batch_size, T, n_batches, rank, world_size)) for rank in range(world_size)]
+    parts = [
+        list(eval_batches(open_dataset(data), "train", batch_size, T, n_batches, rank, world_size))
+        for rank in range(world_size)
+    ]
     assert len({len(part) for part in parts}) == 1  # so that the ranks can vote after each
     for part in parts:
         assert all(x.shape == (batch_size, T) for x, _ in part[:-1])

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import subprocess
 import sys
 import threading
 import types
@@ -11,10 +12,11 @@ import types
 import pytest
 import torch
 
-from nanogpt import monitor
+from nanogpt import checkpoint, monitor
 from nanogpt.config import TrainConfig
 from nanogpt.monitor import Console, MetricsFile, Monitor, Throughput, duration, peak_flops, write_status
 from nanogpt.telemetry import Telemetry
+from tests.runs import ROOT, arguments, status, walk
 
 
 @pytest.mark.parametrize(
@@ -189,6 +191,35 @@ def test_r06_a_full_disk_behind_stdout_or_the_status_ends_no_run(tmp_path, caplo
     (tmp_path / ".status.json").symlink_to("/dev/full")
     write_status(tmp_path, 3, "running")
     assert "status.json: not written: No space left on device" in caplog.text
+
+
+INTERRUPTED = """
+import os, signal, sys
+from nanogpt import config, monitor, train
+put = monitor.Monitor.train
+def signalled(self, it, *args):
+    if it == 3:
+        signal.raise_signal(signal.SIGINT)
+        os.read(0, 1)  # by when its reader is gone
+    put(self, it, *args)
+monitor.Monitor.train = signalled
+sys.exit(train.main(config.load(config.TrainConfig, sys.argv[1:])))
+"""
+
+
+def test_r13_a_run_whose_reader_ctrl_c_has_ended_is_saved(tmp_path):
+    """As in `python -m nanogpt.train ... | tee log`, where Ctrl-C goes to both."""
+    data = tmp_path / "data"
+    data.mkdir()
+    command = [sys.executable, "-c", INTERRUPTED, *arguments(walk(data), tmp_path / "out", max_iters=50)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=-1, stdout=-1, stderr=-1, text=True)
+    while not process.stdout.readline().startswith("iter 2:"):
+        assert process.poll() is None
+    process.stdout.close()
+    process.stdin.close()
+    assert (process.wait(60), process.stderr.read()) == (0, "")
+    assert (status(tmp_path / "out")["state"], status(tmp_path / "out")["iter"]) == ("preempted", 5)
+    assert checkpoint.steps(tmp_path / "out") == [5]
 
 
 def test_metrics_file_drops_what_will_happen_again(tmp_path):

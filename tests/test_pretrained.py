@@ -23,6 +23,7 @@ from torch import nn
 from nanogpt import checkpoint, evaluate, export, pretrained, sample, tokenizer, train
 from nanogpt.config import GPT2_SIZES, GPTConfig, TrainConfig, load
 from nanogpt.data import assets
+from nanogpt.data.shards import open_dataset
 from nanogpt.generate import generate
 from nanogpt.model import GPT
 from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
@@ -519,6 +520,13 @@ def test_a_run_of_nanogpts_continues_as_if_never_stopped(data, ckpt, capsys):
     assert f"resuming from {path.parent}/step-12" in capsys.readouterr().out
 
 
+def test_a_step_that_is_asked_for_is_none_of_nanogpts(data, ckpt, capsys):
+    path, _, _ = ckpt
+    assert mistake(capsys, data, path.parent, init_from="resume", resume=3) == (
+        f"train: {path.parent}: no checkpoint step-3; there is none\n"
+    )
+
+
 def test_ckpt_as_the_start_of_a_new_run_gives_its_weights_alone(data, ckpt, tmp_path):
     path, model, _ = ckpt
     assert run(data, tmp_path / "new", init_from=path, max_iters=2) == 0
@@ -666,7 +674,7 @@ def test_evaluation_alone(data, tmp_path, capsys):
     keys = {"eval_only": True, "batch_size": 2, "eval_iters": 4}
     assert run(data, tmp_path / "out", init_from=tmp_path / "hf", **keys) == 0
     found = float(re.search(r"^step 0: .*val loss (\d\.\d+)", capsys.readouterr().out, re.MULTILINE)[1])
-    batches = list(train.eval_batches(data, "val", 2, 23, 4, 0, 1, torch.device("cpu")))
+    batches = list(train.eval_batches(open_dataset(data), "val", 2, 23, 4, 0, 1, torch.device("cpu")))
     with torch.no_grad():
         expected = np.mean([F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item() for x, y in batches])
     assert found == pytest.approx(expected, abs=1e-4)

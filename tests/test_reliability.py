@@ -390,6 +390,16 @@ def test_r07_a_save_that_is_waited_for_needs_no_copy(tmp_path, way):
     assert writer._host == {}
 
 
+def test_r07_a_saver_knows_how_long_the_disk_takes(tmp_path, monkeypatch):
+    write = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: (time.sleep(0.3), write(*args)))
+    writer = Saver(tmp_path, keep=2)
+    writer.save(1, weights(1), weights(1), {})
+    assert writer.longest == 0  # nobody has waited for it
+    writer.close()
+    assert writer.longest >= 0.3
+
+
 def test_r07_async_save_false_saves_before_it_goes_on(data, tmp_path, monkeypatch):
     threads = set()
     write_tensors = checkpoint._write_tensors
@@ -793,9 +803,13 @@ def test_r25_an_integer_is_a_number():
     [
         (["--dataset=nowhere"], "dataset=nowhere: .* is not there; make it with: python -m nanogpt.data.prepare nowhere"),
         (["--dataset=/no/such/place"], "dataset=/no/such/place: no such directory"),
-        (["--dataset=DATA", "--block_size=30000"], "block_size=30000 needs 30001 tokens in a row, not 20000"),
+        (
+            ["--dataset=DATA", "--block_size=30000"],
+            r"block_size=30000 needs 30001 tokens in a row, not 20000 .*train\)",
+        ),
+        (["--dataset=DATA", "--block_size=3000"], r"block_size=3000 needs 3001 tokens in a row, not 3000 .*val\)"),
     ],
-    ids=["unknown", "path", "too-short"],
+    ids=["unknown", "path", "too-short", "too-short-to-evaluate"],
 )
 def test_r25_data_is_looked_at_before_torch_is_imported(data, tmp_path, options, message):
     (tmp_path / "torch.py").write_text("raise RuntimeError('imported')")

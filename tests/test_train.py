@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -16,9 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.linear import split_products
-from nanogpt import checkpoint, train
+from nanogpt import checkpoint, distributed, train
 from nanogpt.config import TrainConfig, load
 from nanogpt.data.loader import Loader
+from nanogpt.data.shards import write_shard
 from nanogpt.model import GPT
 from nanogpt.optim import learning_rate
 from tests.runs import KILLED, ROOT, TORCHRUN, arguments, losses, records, run, start, status, walk
@@ -423,6 +425,81 @@ def test_r11_resume_on_other_data_is_refused(data, tmp_path, capsys):
     keys = {"init_from": "resume", "max_iters": 15, "allow_data_change": True}
     assert run(other, tmp_path / "out", **keys) == 0  # the same data by now: it goes on
     assert checkpoint.read_state(checkpoint.find(tmp_path / "out"))["loader"]["position"] == 3 * 8
+
+
+def test_r11_losses_on_other_data_are_not_compared(data, tmp_path):
+    keys = {"eval_interval": 2, "patience": 2, "always_save_checkpoint": False}
+    run(data, tmp_path / "out", **keys)
+    other = tmp_path / "other"
+    other.mkdir()
+    for split, count in (("train", 9000), ("val", 900)):  # noise: none of its losses is below those of before
+        np.random.default_rng(1).integers(0, 32, count).astype(np.uint16).tofile(other / f"{split}.bin")
+    (other / "dataset.json").write_text('{"vocab_size": 32}')
+    assert run(other, tmp_path / "out", **keys, init_from="resume", max_iters=20, allow_data_change=True) == 0
+    evaluated = {r["iter"]: r["val_loss"] for r in records(tmp_path / "out", "eval")}
+    assert list(evaluated) == list(range(0, 21, 2))  # patience did not end it
+    assert min(loss for it, loss in evaluated.items() if it < 12) < (best := min(evaluated[it] for it in range(12, 21, 2)))
+    found = checkpoint.find(tmp_path / "out", best=True)
+    assert evaluated[int(found.name[5:])] == checkpoint.read_state(found)["best_val_loss"] == best
+
+
+def test_the_best_is_of_the_newest_data():
+    state = lambda loss, name: {"val_loss": loss, "loader": {"fingerprint": name}}  # noqa: E731
+    states = {1: state(1.0, "a"), 2: state(3.0, "b"), 3: state(2.0, "b"), 4: state(None, "b")}
+    assert checkpoint.by_loss(states) == [3, 2]
+    assert checkpoint.by_loss(states | {5: state(None, "c")}) == []
+    assert checkpoint.by_loss({1: {"val_loss": 1.0, "loader": []}, 2: {"val_loss": 0.5}}) == [2, 1]
+
+
+def test_data_that_goes_away_is_not_missed(data, tmp_path, monkeypatch):
+    shutil.copytree(data, tmp_path / "data")
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: (evaluate(*args), shutil.rmtree(tmp_path / "data", True))[0])
+    assert run(tmp_path / "data", tmp_path / "out") == 0
+    run(data, tmp_path / "undisturbed")
+    assert losses(tmp_path / "out") == losses(tmp_path / "undisturbed")
+
+
+def test_a_validation_split_that_is_too_short_is_told_at_once(data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "val.bin").write_bytes(bytes(2 * 16))
+    error = mistake(capsys, tmp_path / "data", tmp_path / "out")
+    assert error == f"train: {tmp_path / 'data'}: block_size=16 needs 17 tokens in a row, not 16\n"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_r21_a_token_beyond_the_vocabulary_is_named(data, tmp_path, capsys, split):
+    shutil.copytree(data, tmp_path / "data")
+    tokens = np.fromfile(data / f"{split}.bin", dtype=np.uint16)
+    tokens[-1500:] = 32  # beyond the beginning, which is looked at when the run is set up
+    tokens.tofile(tmp_path / "data" / f"{split}.bin")
+    assert run(tmp_path / "data", tmp_path / "out", eval_interval=100, max_iters=100) == 2
+    message = f"{tmp_path / 'data' / split}.bin: offset {2 * (len(tokens) - 1500)}: token 32, but the vocabulary has 32"
+    assert capsys.readouterr().err == f"train: rank 0: {message}\n"
+    assert (status(tmp_path / "out")["state"], status(tmp_path / "out")["reason"]) == ("failed", message)
+
+
+def test_more_files_than_the_usual_limit(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(60):
+        write_shard(tmp_path / "data" / f"train_{i:06d}.bin", (np.arange(600) % 32).astype(np.uint16))
+    (tmp_path / "data" / "dataset.json").write_text('{"vocab_size": 32}')
+    code = (
+        "import resource, sys; from nanogpt import config, train; resource.setrlimit(resource.RLIMIT_NOFILE, (50, 700));"
+        "sys.exit(train.main(config.load(config.TrainConfig, sys.argv[1:])))"
+    )
+    done = start(["-c", code, *arguments(tmp_path / "data", tmp_path / "out", max_iters=2)])
+    assert done[0] == 0, done
+
+
+def test_the_reason_of_a_failure_is_told(data, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(distributed, "gradient_sync", broken)
+    with pytest.raises(RuntimeError):
+        run(data, tmp_path)
+    assert (status(tmp_path)["state"], status(tmp_path)["reason"]) == ("failed", "RuntimeError('connection closed by peer')")
 
 
 @pytest.mark.parametrize(

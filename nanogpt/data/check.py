@@ -42,7 +42,7 @@ def problems(path: Path) -> Iterator[str]:
 def _split(data: Dataset, split: str) -> Iterator[str]:
     entries = data.sidecar.get("splits", {}).get(split, {}).get("shards", [])
     shards = data.splits[split]
-    full = data.sidecar.get("shard_tokens", shards[0].count if shards else 0)
+    full = data.sidecar.get("shard_tokens", shards[0].count)
     if type(full) is not int:
         raise ValueError(f"{data.path / SIDECAR}: shard_tokens {full!r} is not an integer")
     for i, shard in enumerate(shards):
@@ -54,10 +54,11 @@ def _split(data: Dataset, split: str) -> Iterator[str]:
             yield f"{shard.path}: offset 0: {shard.dtype.name} cannot hold a vocabulary of {data.vocab_size}"
         if entries and entries[i].get("sha256") != (actual := digest(shard.path)):
             yield f"{shard.path}: sha256 {actual} instead of {entries[i].get('sha256')}"
-        yield from _too_large(shard, data.vocab_size)
+        yield from beyond(shard, data.vocab_size)
 
 
-def _too_large(shard: Shard, vocab_size: int) -> Iterator[str]:
+def beyond(shard: Shard, vocab_size: int) -> Iterator[str]:
+    """A line on its first token that the vocabulary does not have, if there is one."""
     for start in range(0, shard.count, BLOCK):
         bad = np.flatnonzero(shard.tokens[start : start + BLOCK] >= vocab_size)
         if len(bad):
@@ -78,13 +79,12 @@ def describe(path: Path) -> str:
     made = f"tokenizer {encoder.kind if encoder else 'unknown'}"
     lines = [f"{data.path}: vocabulary {data.vocab_size:,}, {made}, source {data.sidecar.get('source', 'unknown')}"]
     for split, shards in data.splits.items():
-        if shards:
-            kind = shards[0].dtype.name
-            lines.append(f"{split}: {data.count(split):,} tokens ({kind}) in {len(shards)} file(s)")
-            lines.append(f"  fingerprint {data.fingerprint(split)}")
-            if encoder:
-                head = replace(shards[0], count=min(32, shards[0].count))
-                for fault in _too_large(head, encoder.vocab_size):
-                    raise ValueError(fault)
-                lines.append(f"  begins {encoder.decode(head.tokens.tolist())!r}")
+        kind = shards[0].dtype.name
+        lines.append(f"{split}: {data.count(split):,} tokens ({kind}) in {len(shards)} file(s)")
+        lines.append(f"  fingerprint {data.fingerprint(split)}")
+        if encoder:
+            head = replace(shards[0], count=min(32, shards[0].count))
+            for fault in beyond(head, encoder.vocab_size):
+                raise ValueError(fault)
+            lines.append(f"  begins {encoder.decode(head.tokens.tolist())!r}")
     return "\n".join(lines)

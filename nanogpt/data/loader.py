@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from nanogpt.data import order
-from nanogpt.data.shards import Shard, open_dataset
+from nanogpt.data.check import beyond
+from nanogpt.data.shards import Dataset, Shard, open_dataset
 
 
 class Windows:
@@ -63,12 +64,18 @@ class Windows:
         return shard, start
 
 
-def _fill(batch: Tensor, shards: list[Shard], places: tuple[np.ndarray, np.ndarray]) -> None:
-    """Copies windows into a batch (2, B, T) int64: x, then y, which is x one token on."""
+class TokenError(ValueError):
+    """A token that the vocabulary does not have, which a model would read as whatever lies beyond its tables."""
+
+
+def _fill(batch: Tensor, shards: list[Shard], places: tuple[np.ndarray, np.ndarray], vocab_size: int) -> None:
+    """Copies windows into a batch (2, B, T) int64: x, then y, which is x one token on; TokenError naming file and offset."""
     out, T = batch.numpy(), batch.shape[2]
     for row, (shard, start) in enumerate(zip(*places)):
         window = shards[shard].tokens[start : start + T + 1]
         out[0, row], out[1, row] = window[:-1], window[1:]
+    if out.max(initial=0) >= vocab_size:
+        raise TokenError(next(fault for shard in places[0] for fault in beyond(shards[shard], vocab_size)))
 
 
 class Loader:
@@ -103,9 +110,9 @@ class Loader:
     ):
         if sampling not in ("epoch", "random"):
             raise ValueError(f"sampling={sampling}: expected epoch or random")
-        data = open_dataset(Path(data_dir))
-        self.vocab_size, self.fingerprint = data.vocab_size, data.fingerprint(split)
-        self.shards = data.shards(split)
+        self.data = open_dataset(Path(data_dir))
+        self.vocab_size, self.fingerprint = self.data.vocab_size, self.data.fingerprint(split)
+        self.shards = self.data.shards(split)
         self.windows = Windows(self.shards, block_size, seed, sampling)
         self.shape = (2, batch_size, block_size)
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
@@ -123,7 +130,7 @@ class Loader:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        """(x, y), each (B, T) int64 on the device, contiguous."""
+        """(x, y), each (B, T) int64 on the device, contiguous; TokenError for a token beyond the vocabulary."""
         batch, copied = self._ready
         if copied is not None:
             current = torch.cuda.current_stream(self.device)
@@ -205,12 +212,12 @@ class Loader:
 
     def _assemble(self, buffer: Tensor, start: int) -> Tensor:
         places = self.windows.locate(np.arange(start, start + self.shape[1], dtype=np.int64))
-        _fill(buffer, self.shards, places)
+        _fill(buffer, self.shards, places, self.vocab_size)
         return buffer
 
 
 def eval_batches(
-    data_dir: Path,
+    data: Dataset,
     split: str,
     batch_size: int,
     block_size: int,
@@ -227,14 +234,17 @@ def eval_batches(
 
     Yields:
         (x, y), each (B, T) int64 on the device, or (0, T).
+
+    Raises:
+        ValueError: where no window fits into the split; TokenError for a token beyond the vocabulary.
     """
-    shards = open_dataset(Path(data_dir)).shards(split)
+    shards = data.shards(split)
     per_shard = np.array([max(0, (shard.count - 1) // block_size) for shard in shards])
     ends = np.cumsum(per_shard)
     total = int(ends[-1])
     pinned = torch.device(device).type == "cuda"  # so that the host prepares a batch while the device works on another
     if not total:
-        raise ValueError(f"{data_dir}: the split {split} has no {block_size + 1} tokens in a row (block_size={block_size})")
+        raise ValueError(f"{data.path}: the split {split} has no {block_size + 1} tokens in a row (block_size={block_size})")
     count = min(n_batches, total // batch_size) * batch_size or total
     for first in range(0, count, world_size * batch_size):
         begin = first + rank * batch_size
@@ -242,6 +252,6 @@ def eval_batches(
         shard = np.searchsorted(ends, index, side="right")
         start = (index - (ends - per_shard)[shard]) * block_size
         batch = torch.empty((2, len(index), block_size), dtype=torch.int64, pin_memory=pinned)
-        _fill(batch, shards, (shard, start))
+        _fill(batch, shards, (shard, start), data.vocab_size)
         batch = batch.to(device, non_blocking=pinned)
         yield batch[0], batch[1]

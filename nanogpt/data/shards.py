@@ -8,6 +8,7 @@ them holds the character table.
 import hashlib
 import json
 import re
+import resource
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +47,7 @@ class Dataset:
     Attributes:
         path: the directory.
         vocab_size: number of token ids.
-        splits: the shards of each split, in order.
+        splits: the shards of each split that has any, in order.
         sidecar: the content of ``dataset.json``; empty without one.
     """
 
@@ -59,7 +60,7 @@ class Dataset:
         return sum(shard.count for shard in self.shards(split))
 
     def shards(self, split: str) -> list[Shard]:
-        if not self.splits.get(split):
+        if split not in self.splits:
             raise ValueError(f"{self.path}: no shard of the split {split}")
         return self.splits[split]
 
@@ -133,7 +134,17 @@ def open_dataset(path: Path) -> Dataset:
     splits = {
         split: [open_listed(path, name, tokens) for name, tokens in found] for split, found in listing(path, sidecar).items()
     }
+    _allow_files(sum(map(len, splits.values())))
     return Dataset(path, _vocab_size(path, sidecar, splits), splits, sidecar)
+
+
+def _allow_files(count: int) -> None:
+    """Has the process open so many files more, if it may: a memory map holds one, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def read_sidecar(path: Path) -> dict:
@@ -144,7 +155,7 @@ def read_sidecar(path: Path) -> dict:
 
 
 def listing(path: Path, sidecar: dict) -> dict[str, list[tuple[str, int | None]]]:
-    """The (name, number of tokens if known) of the shards of each split, in order."""
+    """The (name, number of tokens if known) of the shards of each split that has any, in order."""
     splits: dict[str, list[tuple[str, int | None]]] = {}
     if "splits" in sidecar:
         if not isinstance(sidecar["splits"], dict):
@@ -161,7 +172,8 @@ def listing(path: Path, sidecar: dict) -> dict[str, list[tuple[str, int | None]]
         pattern = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.bin")
         names = [(match[1], name) for name in sorted(p.name for p in path.iterdir()) if (match := pattern.fullmatch(name))]
         splits = {split: [(name, None) for s, name in names if s == split] for split in SPLITS}
-    if not any(splits.values()):
+    splits = {split: found for split, found in splits.items() if found}
+    if not splits:
         raise ValueError(f"{path}: no shard (*train*.bin, *val*.bin) in it; python -m nanogpt.data.prepare makes them")
     return splits
 
