@@ -65,14 +65,16 @@ def directory(config: TrainConfig) -> Path | None:
 
 
 def dump(run: "Run", it: int, out: Path) -> str:
-    """Does update ``it`` again on this rank, with the weights as they are, and writes what goes through every layer.
+    """Does update ``it`` again on this rank, with the weights as they are, and writes what goes through every layer; for a run
+    that has ended, as its loader goes back there.
 
     OUT/step-N-rank-R.safetensors holds the batch, x and y (micro-steps, B, T) int64; the .json beside it statistics of every
     weight, of every module's output and its gradient in the order in which they came to be, and of every weight's gradient.
 
     Returns:
-        One line that names the first that is not finite.
+        One line that names the first that is not finite, or says why nothing could be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     config, world, model = run.config, run.world, run.model
@@ -100,11 +102,14 @@ def dump(run: "Run", it: int, out: Path) -> str:
     kinds = ("weights", "activations", "output gradients", "weight gradients")
     bad = ((kind, name) for kind in kinds for name, values in record[kind].items() if values["not finite"])
     record["first not finite"] = found = next(map(": ".join, bad), None)
-    out.mkdir(parents=True, exist_ok=True)
     stem = f"step-{it}-rank-{world.rank}"
     x, y = (torch.stack(tensors).cpu() for tensors in zip(*batches, strict=True))
-    save_file({"x": x, "y": y}, out / f"{stem}.safetensors")
-    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({"x": x, "y": y}, out / f"{stem}.safetensors")
+        (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    except (OSError, SafetensorError) as error:
+        return f"anomaly_dump={config.anomaly_dump}: rank {world.rank}: not written: {error}"
     what = f"first not finite: {found}" if found else "done again, it is finite: an effect of dropout, or of the hardware"
     return f"{out / stem}.json: {what}"
 

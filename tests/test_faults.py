@@ -338,6 +338,10 @@ def test_anomaly_dump_holds_the_batch_and_names_the_layer(data, tmp_path):  # no
         weight[0, 0] = 0.0
         found.model.transformer.h[1].ln_2.weight.fill_(3e38)  # finite, but what it makes is not
     assert "first not finite: activations: transformer.h.1." in anomaly.dump(found, 1, out)
+    (tmp_path / "file").touch()
+    refused = anomaly.dump(found, 1, tmp_path / "file")
+    assert refused.startswith("anomaly_dump=true: rank 0: not written: ")
+    assert "File exists" in refused
     found.loader.close()
     found.lock.release()
     assert anomaly.directory(TrainConfig()) is None
