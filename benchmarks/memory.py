@@ -133,7 +133,7 @@ def measured(config: MemoryConfig, dtype: torch.dtype, device: torch.device) -> 
 
 
 def main(argv: list[str]) -> None:
-    config = parse(MemoryConfig, argv, presets=None, prog="benchmarks.memory")
+    config = parse(MemoryConfig, argv, presets=None, prog="benchmarks/memory.py")
     try:
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> None:
         kind = device.type if config.size else "cuda"
         rows = {name: calculated(config, name, dtype, kind) for name in names}
     except ValueError as error:
-        fail(error, "benchmarks.memory")
+        fail(error, "benchmarks/memory.py")
     print(
         f"B={config.batch_size} T={config.block_size} freeze={config.freeze} recompute={config.recompute} "
         f"fsdp={config.fsdp} "

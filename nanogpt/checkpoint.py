@@ -325,9 +325,10 @@ def find(out_dir: Path, step: int = 0, best: bool = False) -> Path:
         ValueError: where there is none, or none that verifies.
     """
     found = steps(out_dir)
-    if not found or (step and step not in found):
-        have = f"it has steps {', '.join(map(str, found))}" if found else "there is none"
-        raise ValueError(f"{out_dir}: no checkpoint{f' step-{step}' if step else ''}; {have}")
+    if not found:
+        raise ValueError(f"{out_dir}: no checkpoint in it")
+    if step and step not in found:
+        raise ValueError(f"{out_dir}: no checkpoint step-{step}; it has steps {', '.join(map(str, found))}")
     if step:
         verify(out_dir / f"step-{step}")
         return out_dir / f"step-{step}"

@@ -229,12 +229,13 @@ def check_init_from(value: str, words: tuple[str, ...]) -> None:
 def parse(cls: type[T], argv: Sequence[str] | None = None, presets: Path | None = PRESETS, prog: str = "") -> T:
     """Reads ``[PRESET|FILE.py ...] --key=value --key value`` into a dataclass of :func:`key` fields, for a command.
 
-    Prints the help and exits 0 on ``--help``; prints one line and exits 2 on a mistake. Arguments as for :func:`load`.
+    Prints the help and exits 0 on ``--help``; prints one line and exits 2 on a mistake. Arguments as for :func:`load`; ``prog``
+    is the command's module in nanogpt, or its FILE.py.
     """
     escape_output()
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(usage(cls, presets, prog and f"python -m nanogpt.{prog}"))
+        print(usage(cls, presets, prog and ("python " + prog if prog.endswith(".py") else f"python -m nanogpt.{prog}")))
         raise SystemExit(0)
     try:
         return load(cls, argv, presets)

@@ -49,8 +49,13 @@ if wanted truth && [ ! -f "$data/dataset.json" ]; then
 fi
 python=${PYTHON:-$(command -v python || echo python3)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
-[ -z "$arch" ] || export TORCH_CUDA_ARCH_LIST=$arch
+arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
+if [ -n "$arch" ]; then
+    export TORCH_CUDA_ARCH_LIST=$arch
+elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_suite.sh: needs a GPU: nvidia-smi lists none, and $python has no PyTorch that sees one" >&2
+    exit 2
+fi
 started=$SECONDS failures=0
 left() { echo $((budget - (SECONDS - started))); }
 

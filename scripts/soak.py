@@ -49,7 +49,7 @@ OPTIONS |= {"eval_iters": 2, "keep_checkpoints": 3, "checkpoint_minutes": 1e-9, 
 class SoakConfig:
     minutes: float = key(15.0, "how long")
     seed: int = key(0, "of the times and kinds of damage (0: a new one, which is printed)")
-    folder: str = key("", "where to work; left there if anything is lost (default: a temporary one)")
+    folder: str = key("", "where to work; left there if anything is lost (empty: a temporary one)")
 
     def check(self) -> None:
         if not 0 < self.minutes <= 24 * 60:
@@ -318,7 +318,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = parse(SoakConfig, argv, presets=None, prog="scripts.soak")
+    config = parse(SoakConfig, argv, presets=None, prog="scripts/soak.py")
     seed = config.seed or random.SystemRandom().randrange(1, 2**31)
     folder = Path(config.folder or tempfile.mkdtemp(prefix="nanogpt-soak-"))
     checkpoint.log.setLevel("ERROR")  # what is passed over is told by the hundred

@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", type=lambda s: s.split(","), help="names in the table, separated by commas; default: all")
     parser.add_argument("--cases", type=lambda s: s.split(","), default=list(CASES), help=f"default: {','.join(CASES)}")
-    parser.add_argument("--out", type=Path, default=configs.TABLE)
+    parser.add_argument("--out", type=Path, default=configs.TABLE, help="the table to write; default: kernels/configs.json")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="0: check in this process")
     parser.add_argument("--verbose", action="store_true", help="also show why candidates do not run")
     parser.add_argument("--tiny", action="store_true", help="the smallest shapes, for tests under Triton's interpreter")

@@ -141,9 +141,9 @@ def test_r04_damaged_newest_is_passed_over_with_a_warning(tmp_path, caplog, dama
 
 
 def test_r04_nothing_readable_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint; there is none"):
+    with pytest.raises(ValueError, match="no checkpoint in it"):
         checkpoint.find(tmp_path)
-    with pytest.raises(ValueError, match="no checkpoint; there is none"):
+    with pytest.raises(ValueError, match="no checkpoint in it"):
         checkpoint.find(tmp_path / "nowhere")
     damage_truncate(save(tmp_path, 5))
     with pytest.raises(ValueError, match="none of its 1 checkpoints can be read"):
@@ -333,7 +333,7 @@ def test_load_model_takes_the_best_of_a_run_or_the_one_named(tmp_path):
     flip_bit(tmp_path / "step-2" / MODEL, 1000)
     with pytest.raises(ValueError, match="was altered"):
         checkpoint.load_model(tmp_path / "step-2", "cpu", torch.float32)
-    with pytest.raises(ValueError, match="no checkpoint; there is none"):
+    with pytest.raises(ValueError, match="no checkpoint in it"):
         checkpoint.load_model(tmp_path / "step-3", "cpu", torch.float32)
 
 

@@ -321,7 +321,14 @@ def test_mistakes_about_memory_are_one_line(options, message, capsys):
         memory.main(options)
     out, err = capsys.readouterr()
     assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(f"benchmarks.memory: {message}")
+    assert err.startswith(f"benchmarks/memory.py: {message}")
+
+
+def test_help_names_the_file_that_was_called(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        memory.main(["--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python benchmarks/memory.py ")
 
 
 def test_sampling_with_a_cache_and_evaluation_recompute_nothing():

@@ -32,8 +32,10 @@ esac
 """
 
 
-def suite(tmp_path: Path, *arguments: str, python: str = "", **environment: str) -> subprocess.CompletedProcess:
-    tools = {"python": python, "nvidia-smi": "echo 9.0", "compute-sanitizer": "exit 0"}
+def suite(
+    tmp_path: Path, *arguments: str, python: str = "", smi: str = "echo 9.0", **environment: str
+) -> subprocess.CompletedProcess:
+    tools = {"python": python, "nvidia-smi": smi, "compute-sanitizer": "exit 0"}
     for name, text in tools.items():
         (tmp_path / name).write_text("#!/bin/bash\n" + text)
         (tmp_path / name).chmod(0o755)
@@ -62,6 +64,14 @@ def test_bad_options(arguments, message, tmp_path):
     done = suite(tmp_path, *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(f"gpu_suite.sh: {message}")
+
+
+def test_no_gpu(tmp_path):
+    """One line where neither nvidia-smi nor PyTorch sees a GPU; PyTorch's word is enough."""
+    done = suite(tmp_path, "--out", "out", "--only", "build", python="exit 1", smi="exit 9")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("gpu_suite.sh: needs a GPU: nvidia-smi lists none")
+    assert suite(tmp_path, "--out", "out", "--only", "build", python="exit 0", smi="exit 9").returncode == 0
 
 
 def test_goes_on_past_failures(tmp_path):

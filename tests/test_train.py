@@ -233,7 +233,7 @@ def mistake(capsys, *args, **keys):
 
 
 def test_r04_nothing_to_resume_is_an_error(data, tmp_path, capsys):
-    assert "no checkpoint; there is none" in mistake(capsys, data, tmp_path, init_from="resume")
+    assert "no checkpoint in it" in mistake(capsys, data, tmp_path, init_from="resume")
     run(data, tmp_path)
     capsys.readouterr()
     assert "no checkpoint step-3; it has steps 10, 12" in mistake(capsys, data, tmp_path, resume=3)

@@ -1,4 +1,4 @@
-"""``python -m nanogpt.data prepare NAME ...``, ``check DIR``, ``info DIR``; DIR may be a name under ``./data/``."""
+"""python -m nanogpt.data prepare NAME ... | check DIR | info DIR; DIR may be a name under ./data/."""
 
 import sys
 
