@@ -21,8 +21,9 @@ from kernels.library import once_differentiable
 def shadow(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """The copy of a parameter in ``dtype``, brought up to date if the parameter was changed by other means than our AdamW.
 
-    The parameter itself where it already has that dtype. Outside of ``torch.compile`` a changed parameter is noticed by its
-    version counter, and after a step of any optimizer of PyTorch's. Writes through ``parameter.data`` go unnoticed.
+    The parameter itself where it already has that dtype. A step of any optimizer of PyTorch's brings it up to date, other
+    changes are noticed by the parameter's version counter outside of ``torch.compile``. Writes through ``parameter.data`` go
+    unnoticed.
     """
     if parameter.dtype == dtype:
         return parameter.detach()
@@ -44,16 +45,18 @@ def shadow(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter.shadow
 
 
-def _outdate(optimizer: torch.optim.Optimizer, *_) -> None:
-    """After a step: PyTorch's fused optimizers write parameters without advancing their version counters."""
+@torch.no_grad()
+def _renew(optimizer: torch.optim.Optimizer, *_) -> None:
+    """After a step: compiled code takes shadows as they are, and fused optimizers leave the version counters alone."""
     if not getattr(optimizer, "writes_shadows", False):
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if hasattr(p, "shadow"):
-                    p.shadow_version = -1
+                    p.shadow.copy_(p)
+                    p.shadow_version = p._version
 
 
-register_optimizer_step_post_hook(_outdate)
+register_optimizer_step_post_hook(_renew)
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

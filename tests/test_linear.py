@@ -173,11 +173,15 @@ def test_mm_fp32():
     torch.testing.assert_close(mm_fp32(a, b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_step_of_any_optimizer_outdates_the_shadow(fused):
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "foreach"])
+def test_a_step_of_any_optimizer_renews_the_shadow(fused, compiled):
     p = torch.nn.Parameter(torch.randn(4, 4))
-    before = shadow(p, torch.bfloat16).clone()
-    p.grad = torch.randn(4, 4)
-    torch.optim.AdamW([p], lr=0.5, fused=fused).step()
-    assert torch.equal(shadow(p, torch.bfloat16), p.detach().bfloat16())
-    assert not torch.equal(shadow(p, torch.bfloat16), before)
+    optimizer = torch.optim.AdamW([p], lr=0.5, fused=fused)
+    read = torch.compile(lambda: shadow(p, torch.bfloat16) * 1, backend="eager", disable=not compiled)
+    for _ in range(3):
+        before = read()
+        p.grad = torch.randn(4, 4)
+        optimizer.step()
+        assert torch.equal(read(), p.detach().bfloat16())
+        assert not torch.equal(read(), before)
