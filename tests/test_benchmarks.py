@@ -50,7 +50,9 @@ def run(op: str, out: Path, *more: str) -> common.Bench:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_smallest_form(op, providers, tmp_path):
+def test_smallest_form(op, providers, tmp_path, request):
+    if op == "prepare":
+        request.getfixturevalue("gpt2"), request.getfixturevalue("plays_wheel")
     bench = run(op, tmp_path, "--providers", ",".join(providers))
     assert {(r["provider"], r["status"]) for r in bench.rows} == {(name, "ok") for name in providers}
     rows = report.read(tmp_path)  # what is on disk is whole, and is what was measured

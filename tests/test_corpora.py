@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1051,11 +1052,14 @@ def test_r24_a_name_of_the_hub_s_is_no_path_of_ours(gpt2, world, tmp_path):
 
 
 def test_without_a_network_one_line(monkeypatch, capsys):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "*")
-    assert run("prepare", "fineweb", "--tokens=10B") == 2
+    with socket.socket() as silent:  # takes the port and no connection
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setenv("no_proxy", "*")
+        assert run("prepare", "fineweb", "--tokens=10B") == 2
     error = capsys.readouterr().err
-    assert "http://127.0.0.1:9/api/datasets/HuggingFaceFW/fineweb/tree/9bb295dd" in error
+    assert f"{url}/api/datasets/HuggingFaceFW/fineweb/tree/9bb295dd" in error
     assert "sample/10BT" in error
     assert error.count("\n") == 1
 

@@ -125,7 +125,7 @@ def toolkit(tmp_path):
     home, wrapper = tmp_path / "cuda", tmp_path / "wrapper" / "nvcc"
     for path, text in (
         (home / "bin" / "nvcc", f"echo '#$ _HERE_={home}/bin' >&2; echo 'Cuda compilation tools, release 12.9, V12.9.1'"),
-        (wrapper, f'exec {home}/bin/nvcc "$@"'),
+        (wrapper, f'exec "{home}/bin/nvcc" "$@"'),
     ):
         path.parent.mkdir(parents=True)
         path.write_text(f"#!/bin/sh\n{text}\n")

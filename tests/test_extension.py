@@ -153,7 +153,7 @@ def test_cuda_home_behind_a_wrapper(setup_functions, monkeypatch, tmp_path):
     for file in (real, wrapper):
         file.parent.mkdir(parents=True)
     real.write_text(f'#!/bin/sh\necho "#\\$ _HERE_={real.parent}" >&2\necho "Cuda compilation tools, release 12.9, V12.9.1"\n')
-    wrapper.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\nexec "{real}" "$@"\n')
     for file in (real, wrapper):
         file.chmod(0o755)
     for name in ("CUDA_HOME", "CUDA_PATH"):

@@ -390,13 +390,13 @@ def await_ready(process):
 def test_r16_a_stopped_process_and_one_that_waits(how):
     store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     both = [launch(["-c", WATCHED, rank, store.port, "waits"]) for rank in (0, 1)]
-    for process in both:
-        await_ready(process)
-    if how == "stopped":
-        until(lambda: all(store.get(f"x/watchdog/{rank}").endswith(b"update 5") for rank in (0, 1)))
-        both[1].send_signal(signal.SIGSTOP)
     try:
-        out = both[0].communicate(timeout=30)[0]
+        for process in both:
+            await_ready(process)
+        if how == "stopped":
+            until(lambda: all(store.get(f"x/watchdog/{rank}").endswith(b"update 5") for rank in (0, 1)))
+            both[1].send_signal(signal.SIGSTOP)
+        out = both[0].communicate(timeout=180)[0]
         assert both[0].returncode == 1
         who = r"rank 1 \(at update 5\)" if how == "stopped" else r"rank 0 \(at update 5\), rank 1 \(at update 5\): all are at"
         assert re.search(rf"rank 0: no progress for \d+ s, --timeout=2; hangs: {who}", out), out
@@ -417,7 +417,7 @@ def test_r16_a_store_that_is_gone_and_a_process_that_never_came(how):
         if how == "no store":
             del store
         try:
-            out = process.communicate(timeout=60)[0]
+            out = process.communicate(timeout=180)[0]
         finally:
             process.kill()
     assert process.returncode == 1
@@ -506,7 +506,7 @@ def test_r16_progress_keeps_the_watchdog_quiet():
     store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     alone = WATCHED.replace("World(rank, rank, 2", "World(0, 0, 1").replace('"cpu"), store)', '"cpu"))')
     with launch(["-c", alone, 0, store.port, "leaves"]) as process:
-        out = process.communicate(timeout=60)[0]
+        out = process.communicate(timeout=180)[0]
     assert (process.returncode, "no progress" in out, "ready\n" in out) == (0, False, True), out
 
 
@@ -859,9 +859,9 @@ def test_max_hours(data, tmp_path):  # noqa: F811
     keys = {"max_iters": 10**6, "eval_interval": 10**6, "log_interval": 100, "max_hours": (guard.MARGIN + 5) / 3600}
     begun = time.monotonic()
     assert run(data, tmp_path, **keys) == 0
-    took = time.monotonic() - begun
-    assert 3.0 < took < 15.0
+    assert time.monotonic() - begun < keys["max_hours"] * 3600
     stopped = status(tmp_path)["iter"]
+    assert stopped > 0
     assert (status(tmp_path)["state"], status(tmp_path)["reason"]) == ("preempted", "--max_hours is nearly over")
     assert checkpoint.steps(tmp_path) == [stopped]
     assert run(data, tmp_path, **keys | {"max_hours": 0, "max_iters": stopped + 2}, init_from="resume") == 0

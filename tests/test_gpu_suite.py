@@ -1,6 +1,7 @@
 """scripts/gpu_suite.sh without a GPU: stand-ins for Python and nvidia-smi, and every part for real in its smallest form."""
 
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -88,19 +89,34 @@ def test_goes_on_past_failures(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["suite.log", "summary.md"]
 
 
+SLOW = """
+import time
+from pathlib import Path
+import pytest
+@pytest.mark.parametrize("i", range(400))
+def test_slow(i):
+    if i == 2:
+        Path(__file__).with_name("third").touch()
+    time.sleep(1)
+"""
+
+
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "xdist"])
 def test_tests_out_of_time_leave_their_report(tmp_path, workers):
     """The part is stopped as by Ctrl-C: what pytest has run by then is in junit.xml."""
     if workers:
         pytest.importorskip("xdist")
-    slow = "import time, pytest\n@pytest.mark.parametrize('i', range(40))\ndef test_slow(i): time.sleep(1)\n"
-    (tmp_path / "test_slow.py").write_text(slow)
-    junit, test = tmp_path / "out" / "junit.xml", tmp_path / "test_slow.py"
-    real = f"exec {sys.executable} -m pytest -q -p no:cacheprovider {' '.join(workers)} --junitxml {junit} {test}"
-    done = suite(tmp_path, "--out", "out", "--minutes", "0.2", "--only", "tests", python=f'[ "$2" != pytest ] || {real}\n')
+    (tmp_path / "test_slow.py").write_text(SLOW)
+    junit, test, third = tmp_path / "out" / "junit.xml", tmp_path / "test_slow.py", tmp_path / "third"
+    real = f"exec {sys.executable} -m pytest -q -p no:cacheprovider {' '.join(workers)} --junitxml '{junit}' '{test}'"
+    # Its time is up when the third test has begun, however fast the machine is: SIGALRM is what `timeout` itself waits for
+    up = f"(while kill -0 $$ && [ ! -e '{third}' ]; do sleep 0.1; done; kill -ALRM $$) 2>/dev/null &\n"
+    (tmp_path / "timeout").write_text(f'#!/bin/bash\n{up}exec {shutil.which("timeout")} "$@"\n')
+    (tmp_path / "timeout").chmod(0o755)
+    done = suite(tmp_path, "--out", "out", "--only", "tests", python=f'[ "$2" != pytest ] || {real}\n')
     assert "| tests | out of time" in done.stdout
     (found,) = ElementTree.parse(junit).iter("testsuite")
-    assert 1 <= int(found.get("tests")) < 40
+    assert 1 <= int(found.get("tests")) < 400
     assert found.get("failures") == "0"
 
 

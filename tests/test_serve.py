@@ -437,7 +437,7 @@ class TestClients:
             connection.sendall(ahead)
             time.sleep(0.2)
             assert model.caches[0]() is not None
-            assert stream is (select_readable(connection))
+            assert stream is select_readable(connection, 20.0 if stream else 0.5)
             connection.close()
             wait_until(lambda: not client.server.worker.jobs and not client.server.server_state.connections)
             client.server.worker.thread.submit(int).result(15)  # the thread is free again
@@ -533,14 +533,12 @@ class TestClients:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             flood = threading.Thread(target=flood_without_reading, args=(reader,))
             flood.start()
-            start = time.monotonic()
             for byte in head[:13]:  # 1.3 s
                 with contextlib.suppress(OSError):
                     drip.sendall(bytes([byte]))
                 time.sleep(0.1)
             assert client.post({"prompt": "a", "max_tokens": 1})[0] == 200
             wait_until(lambda: not client.server.server_state.connections)
-            assert time.monotonic() - start < 6
             assert silent.recv(1000) == b""
             assert headers.recv(1000).startswith(b"HTTP/1.1 408 ")
             assert body.recv(1000).startswith(b"HTTP/1.1 408 ")
@@ -568,12 +566,11 @@ class TestClients:
         with serving(model, client_timeout=0.5) as client, client.connect() as connection:
             connection.sendall(head)
             assert connection.recv(1000).startswith(b"HTTP/1.1 404 ")
-            start = time.monotonic()
+            end = time.monotonic() + 20
             with contextlib.suppress(OSError):
-                while time.monotonic() - start < 8:
-                    connection.sendall(b"x")
+                while connection.send(b"x"):
+                    assert time.monotonic() < end, "waited in vain"
                     time.sleep(0.05)
-            assert time.monotonic() - start < 5
 
     def test_too_many_connections(self, model):
         with serving(model, max_connections=3) as client:
@@ -648,8 +645,8 @@ class TestClients:
             assert b"data: [DONE]" in received
 
 
-def select_readable(connection):
-    connection.settimeout(1.0)
+def select_readable(connection, seconds):
+    connection.settimeout(seconds)
     try:
         return bool(connection.recv(10))
     except TimeoutError:
