@@ -106,7 +106,7 @@ def cuda_to_build(torch_version: str, torch_cuda: str | None) -> Path | None:
         sys.exit(f"BUILD_CUDA={wanted}: expected auto, 0 or 1")
     if wanted == "0":
         return None
-    found = find_cuda()
+    found = find_cuda() if torch_cuda else None
     missing = "" if torch_cuda else f"PyTorch {torch_version} is built without CUDA"
     missing = missing or ("" if found else "no nvcc (set CUDA_HOME)")
     if missing:

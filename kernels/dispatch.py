@@ -75,10 +75,14 @@ def use(backend: str) -> None:
         ValueError: for a name that is none of ``auto`` and :data:`BACKENDS`.
     """
     global _requested
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"kernels={backend}: expected one of auto, {', '.join(BACKENDS)}")
+    _check("kernels", backend)
     _requested = backend
     _fallbacks.clear()
+
+
+def _check(key: str, backend: str) -> None:
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"{key}={backend}: expected one of auto, {', '.join(BACKENDS)}")
 
 
 def requested() -> str:
@@ -121,6 +125,7 @@ def fell_back(op: str, backend: str, other: str, reason: str) -> None:
 
 @functools.cache
 def _resolve(op: str, device_type: str, requested: str) -> tuple[str, str]:
+    _check("NANOGPT_KERNELS", requested)  # use() has looked at what it took
     order = PREFERENCE[op]
     note = ""
     if requested != "auto":

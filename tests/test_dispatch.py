@@ -62,6 +62,12 @@ def test_unknown_backend():
         dispatch.use("tritno")
 
 
+def test_unknown_backend_in_the_environment(monkeypatch):
+    monkeypatch.setattr(dispatch, "_requested", "tritno")
+    with pytest.raises(ValueError, match="NANOGPT_KERNELS=tritno: expected one of auto"):
+        dispatch.choose("attention", "cpu")
+
+
 def test_choice_is_a_constant_under_compile():
     dispatch.use("torch")
 

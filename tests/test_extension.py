@@ -128,12 +128,13 @@ def test_wrong_build_cuda_value(setup_functions, monkeypatch):
 
 def test_cuda_is_built_only_where_all_fits(setup_functions, monkeypatch, tmp_path, capsys):
     to_build = setup_functions["cuda_to_build"]
-    monkeypatch.setitem(to_build.__globals__, "find_cuda", lambda: (tmp_path, "13.0"))
     monkeypatch.setenv("BUILD_CUDA", "auto")
-    assert to_build("2.13.0", "13.0") == tmp_path
-    assert to_build("2.13.0", "13.2") == tmp_path  # minor releases of CUDA are compatible
+    monkeypatch.setitem(to_build.__globals__, "find_cuda", lambda: pytest.fail("an nvcc that may not even run"))
     assert to_build("2.13.0+cpu", None) is None
     assert "no CUDA kernels: PyTorch 2.13.0+cpu is built without CUDA" in capsys.readouterr().out
+    monkeypatch.setitem(to_build.__globals__, "find_cuda", lambda: (tmp_path, "13.0"))
+    assert to_build("2.13.0", "13.0") == tmp_path
+    assert to_build("2.13.0", "13.2") == tmp_path  # minor releases of CUDA are compatible
     with pytest.raises(SystemExit, match=r"nvcc is CUDA 13\.0, but PyTorch 2\.13\.0 is built with CUDA 12\.8"):
         to_build("2.13.0", "12.8")
     monkeypatch.setenv("BUILD_CUDA", "1")
