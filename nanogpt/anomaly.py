@@ -146,6 +146,7 @@ OUT_OF_MEMORY = (
     r'"aten::(new_)?(empty|zeros|full)\w*".*call failed',  # in our compiled kernels, whose ABI passes on only the fact
     r"CUDA(?: error:|\]:) out of memory",  # what is not PyTorch's allocator's: pinned memory, code that Triton loads
     r"CUBLAS_STATUS_ALLOC_FAILED",
+    r"Storage size calculation overflowed",
 )
 
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,12 @@ def trackers(config: TrainConfig, out_dir: Path) -> list[Callable[[dict[str, flo
         except ImportError as error:
             raise ValueError("tensorboard=True: not installed; pip install tensorboard") from error
         writer = SummaryWriter(str(out_dir / "tensorboard"))
-        atexit.register(writer.close)  # its thread dies with the program, and with it what it has not written yet
+
+        def close() -> None:
+            with suppress(OSError):  # which was told when it came
+                writer.close()
+
+        atexit.register(close)  # its thread dies with the program, and with it what it has not written yet
         found.append(lambda values, it: [writer.add_scalar(name, value, it) for name, value in values.items()])
     if config.wandb_log:
         try:
@@ -349,8 +354,12 @@ class Monitor:
             spent = self.ledger.spent()
             self.metrics.write({"kind": kind, "iter": it, "time": time.time(), **values, "spent": spent})
         scalars = {f"{kind}/{name}": value for name, value in values.items() if not isinstance(value, str)}
-        for track in self.trackers if scalars else ():
-            track(scalars, it)
+        for track in list(self.trackers if scalars else ()):
+            try:
+                track(scalars, it)
+            except OSError as error:  # such as a full disk, which ends no run
+                log.warning("a tracker is given up: %s", error)
+                self.trackers.remove(track)
 
 
 def spending(log: Monitor | None, kind: str) -> AbstractContextManager:

@@ -670,6 +670,7 @@ def test_r18_the_flags_exist(keys, flags):
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("Storage size calculation overflowed with sizes=[2, 1000000000000000000, 16]"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("shape mismatch"), False),
         (RuntimeError('torch_call_dispatcher("aten::copy_", "") API call failed'), False),

@@ -1,5 +1,6 @@
 """nanogpt.monitor: rates against arithmetic, sensors against a fake NVML, the metrics file, the lines printed."""
 
+import errno
 import json
 import os
 import pty
@@ -280,9 +281,15 @@ def test_monitor_reports_a_skipped_update_at_once(tmp_path, capsys):
     assert records(tmp_path / "metrics.jsonl")[1]["grad_norm"] == "inf"
 
 
-def test_trackers_get_numbers_only(tmp_path, monkeypatch):
+def test_trackers_get_numbers_only_and_a_full_disk_ends_them_alone(tmp_path, monkeypatch, caplog):
     seen = []
-    writer = types.SimpleNamespace(add_scalar=lambda name, value, it: seen.append((name, value, it)), close=lambda: None)
+
+    def add(name, value, it):
+        if it == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        seen.append((name, value, it))
+
+    writer = types.SimpleNamespace(add_scalar=add, close=lambda: (seen.append("closed"), add("", 0, 6)))
     at_exit = []
     monkeypatch.setattr(monitor.atexit, "register", at_exit.append)
     fake = types.SimpleNamespace(SummaryWriter=lambda path: writer)
@@ -292,10 +299,13 @@ def test_trackers_get_numbers_only(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "wandb", runs)
     log = new_monitor(tmp_path, tensorboard=True, wandb_log=True)
-    log.evaluation(5, {"val_loss": 2.5})
-    log.close(5, "finished")
-    assert seen == [("eval/val_loss", 2.5, 5), ({"eval/val_loss": 2.5}, 5)]
-    assert at_exit == [writer.close]
+    for it in (5, 6, 7):  # the disk is full at 6
+        log.evaluation(it, {"val_loss": 2.5})
+    log.close(7, "finished")
+    assert seen == [("eval/val_loss", 2.5, 5), *(({"eval/val_loss": 2.5}, it) for it in (5, 6, 7))]
+    assert caplog.text.count("a tracker is given up: [Errno 28] No space left on device") == 1
+    at_exit[0]()
+    assert (len(at_exit), seen[-1]) == (1, "closed")
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb_log", "wandb")])
