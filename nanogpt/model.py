@@ -252,5 +252,5 @@ class GPT(nn.Module):
             raise ValueError(f"block_size={block_size}: expected 1..{self.config.block_size}")
         self.config.block_size = block_size
         wpe = self.transformer.wpe
-        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
+        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone(), wpe.weight.requires_grad)
         wpe.num_embeddings = block_size

@@ -271,9 +271,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="also show why candidates do not run")
     parser.add_argument("--tiny", action="store_true", help="the smallest shapes, for tests under Triton's interpreter")
     args = parser.parse_args(argv)
-    unknown = [case for case in args.cases if case not in CASES]
-    if unknown:
-        parser.error(f"--cases {','.join(unknown)}: expected some of {', '.join(CASES)}")
+    ops = sorted({op for entries in configs._table().values() for op in entries})
+    for flag, given, known in (("--cases", args.cases, CASES), ("--ops", args.ops or [], ops)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"{flag} {','.join(unknown)}: expected some of {', '.join(known)}")
     args.device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU to tune for")

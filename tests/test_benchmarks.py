@@ -505,6 +505,16 @@ def test_tuner_drops_wrong_candidates(tmp_path, monkeypatch, capsys):
     assert after == before
 
 
+@pytest.mark.parametrize("flag", ["--ops", "--cases"])
+def test_tuner_names_what_it_does_not_know(flag, capsys):
+    import tune
+
+    with pytest.raises(SystemExit) as stop:
+        tune.main([flag, "layer_norm_fwd,layernrom" if flag == "--ops" else "mlp-768,layernrom"])
+    assert stop.value.code == 2
+    assert f"{flag} layernrom: expected some of " in capsys.readouterr().err
+
+
 def test_a_plot_that_cannot_be_drawn_is_refused_before_measuring(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     args = common.parser("").parse_args(["--device", "cpu", "--plot", "--out", str(tmp_path / "rows")])

@@ -195,6 +195,7 @@ def test_crop_block_size():
     idx, targets = batch(2, 8)
     before = model(idx, targets)[1].item()
     model.crop_block_size(8)
+    assert model.transformer.wpe.weight.requires_grad
     assert model.config.block_size == model.transformer.wpe.num_embeddings == len(model.transformer.wpe.weight) == 8
     assert model(idx, targets)[1].item() == before
     with pytest.raises(ValueError, match="9 tokens do not fit into 8 positions"):
@@ -202,6 +203,9 @@ def test_crop_block_size():
     for bad in (0, 9):
         with pytest.raises(ValueError, match=rf"block_size={bad}: expected 1\.\.8"):
             model.crop_block_size(bad)
+    model.freeze(0)
+    model.crop_block_size(7)
+    assert not model.transformer.wpe.weight.requires_grad
 
 
 def test_too_many_tokens():
