@@ -365,13 +365,12 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0, scale: fl
     Raises:
         ValueError: for a shape or value outside of the above.
     """
-    C3 = qkv.shape[2]
-    D, rest = divmod(C3, 3 * n_head)
-    if rest:
-        raise ValueError(f"qkv's last dimension {C3} is not 3 * n_head * head size, with n_head={n_head}")
+    if qkv.dim() != 3 or n_head < 1 or qkv.shape[2] == 0 or qkv.shape[2] % (3 * n_head):
+        raise ValueError(f"qkv of shape {tuple(qkv.shape)} is not (B, T, 3 * n_head * head size), with n_head={n_head}")
+    D = qkv.shape[2] // (3 * n_head)
     check_dropout(dropout_p)
     scale = 1.0 / math.sqrt(D) if scale is None else scale
-    if scale <= 0.0:
+    if not scale > 0.0:
         raise ValueError(f"scale={scale}: expected a positive number")
     backend = dispatch.choose("attention", qkv.device.type)
     if backend == "torch" or (backend == "cpp" and dropout_p):  # csrc has no dropout inside attention

@@ -268,10 +268,12 @@ def test_compile_fullgraph(dropout_p):
 
 def test_bad_arguments():
     qkv = torch.randn(1, 8, 48)
-    with pytest.raises(ValueError, match="n_head=5"):
-        causal_attention(qkv, 5)
-    with pytest.raises(ValueError, match=r"scale=-1\.0"):
-        causal_attention(qkv, 2, scale=-1.0)
+    for other, n_head in ((qkv, 5), (qkv, 0), (qkv[0], 2), (qkv[:, :, :0], 2)):
+        with pytest.raises(ValueError, match=f"n_head={n_head}"):
+            causal_attention(other, n_head)
+    for scale in (-1.0, 0.0, math.nan):
+        with pytest.raises(ValueError, match=f"scale={scale}"):
+            causal_attention(qkv, 2, scale=scale)
     with pytest.raises(ValueError, match=r"dropout_p=1\.0"):
         causal_attention(qkv, 2, dropout_p=1.0)
 
