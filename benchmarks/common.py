@@ -123,6 +123,13 @@ def _device(name: str) -> str:
     return found.type if name == "auto" else name
 
 
+def positive(text: str) -> int:
+    """A count, for an option's ``type``."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer of at least 1")
+    return int(text)
+
+
 def parser(description: str) -> Parser:
     """The options every benchmark has."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,6 +172,7 @@ class Bench:
             print(f"--out={args.out}: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         self.rows: list[dict] = []
+        self.offered: dict[str, None] = {}  # names of the providers that there are here
         torch.manual_seed(1337)
         print(f"# {op}: " + ", ".join(f"{k} {v}" for k, v in self.facts.items() if v and k != "command"), flush=True)
 
@@ -176,6 +184,7 @@ class Bench:
     def wanted(self, providers: dict[str, Callable]) -> dict[str, Callable]:
         """Those of the providers that were asked for."""
         asked = self.args.providers
+        self.offered |= dict.fromkeys(providers)
         return {name: f for name, f in providers.items() if asked is None or name in asked}
 
     def row(self, case: str, provider: str, pass_: str, status: str = "ok", stats: Stats | None = None, **more) -> None:
@@ -285,7 +294,12 @@ class Bench:
         return interleaved(calls, self.device, budget)
 
     def finish(self) -> None:
-        """Draws the plot if asked, and names the file."""
+        """Draws the plot if asked, and names the file; ends the program where no provider was one that was asked for."""
+        if self.args.providers and self.offered and not self.offered.keys() & set(self.args.providers):
+            if not self.path.stat().st_size:
+                self.path.unlink()
+            print(f"--providers {','.join(self.args.providers)}: there are {', '.join(self.offered)}", file=sys.stderr)
+            raise SystemExit(2)
         if self.args.plot and any(r.get("ms") for r in self.rows):
             plot(self.rows, self.path.with_name(f"{self.op}.png"))
         print(f"# rows in {self.path}", flush=True)

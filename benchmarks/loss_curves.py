@@ -138,9 +138,9 @@ def plot(path: Path, target: Path) -> None:
 def main(argv: list[str] | None = None) -> common.Bench:
     parser = common.parser(__doc__)
     parser.add_argument("--size", choices=SIZES, help="default: 124M on a GPU, shakespeare_cpu on a CPU")
-    parser.add_argument("--batch", type=int, default=4, help="sequences an update")
-    parser.add_argument("--length", type=int, help="tokens a sequence; default: the size's block_size")
-    parser.add_argument("--steps", type=int, default=300, help="updates a curve")
+    parser.add_argument("--batch", type=common.positive, default=4, help="sequences an update")
+    parser.add_argument("--length", type=common.positive, help="tokens a sequence; default: the size's block_size")
+    parser.add_argument("--steps", type=common.positive, default=300, help="updates a curve")
     parser.add_argument("--kernels", default="auto", choices=("auto", *dispatch.BACKENDS), help="to be compared with torch")
     parser.add_argument("--data", default="plays", help="a prepared dataset: its directory, or a name under data/")
     parser.add_argument("--seconds", type=float, help="after these no further curve is begun")

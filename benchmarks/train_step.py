@@ -396,9 +396,9 @@ def first_step(args) -> int:
 def main(argv: list[str] | None = None) -> common.Bench | int:
     parser = common.parser(__doc__)
     parser.add_argument("--size", "--preset", nargs="*", choices=SIZES, help="default: 124M on a GPU, shakespeare_cpu on a CPU")
-    parser.add_argument("--batch", type=int, nargs="*", help="sequences; default: as much as 80 GB hold")
-    parser.add_argument("--length", type=int, help="tokens a sequence, at most the size's block_size")
-    parser.add_argument("--steps", type=int, help="timed steps a provider; default 30, quick 12")
+    parser.add_argument("--batch", type=common.positive, nargs="*", help="sequences; default: as much as 80 GB hold")
+    parser.add_argument("--length", type=common.positive, help="tokens a sequence, at most the size's block_size")
+    parser.add_argument("--steps", type=common.positive, help="timed steps a provider; default 30, quick 12")
     parser.add_argument("--breakdown", action="store_true", help="device time by component")
     parser.add_argument("--profile", action="store_true", help="--breakdown, and keep the traces beside the rows")
     parser.add_argument("--startup", action="store_true", help="instead, time from process start to the end of the first step")

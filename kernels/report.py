@@ -3,7 +3,7 @@
 The ops run, forward and backward, on tensors without storage, as GPT-2's models and their variants call them, and each launch
 goes through Triton up to the point where it would compile for the GPU at hand: what is checked is what runs. A row is one
 variant of a kernel: registers per thread, stack bytes (spills), shared memory, and which of the instructions that make it fast
-there its PTX holds. Exit code 1 if a row is over its limits.
+there its PTX holds. Exit code 1 if a row is over its limits, 2 if no variant has the name.
 
 B batch, T sequence, C channels, H heads, D head size, V vocabulary.
 """
@@ -12,6 +12,7 @@ import argparse
 import itertools
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -245,15 +246,16 @@ def compiled(variant: Variant) -> Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHS), choices=ARCHS)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS, help="default: all")
     parser.add_argument("--only", default="", help="variants whose name contains this")
     args = parser.parse_args()
     print(f"{'variant':<52} {'arch':>5} {'regs':>5} {'stack':>6} {'shared':>8}  instructions")
-    bad = 0
+    bad = shown = 0
     for arch in args.arch:
         for variant in variants(arch):
             if args.only not in variant.name:
                 continue
+            shown += 1
             row = compiled(variant)
             problems = "; ".join(row.problems)
             bad += bool(problems)
@@ -262,6 +264,9 @@ def main() -> int:
                 f"{' '.join(row.instructions)}{'  <-- ' + problems if problems else ''}",
                 flush=True,
             )
+    if not shown:
+        print(f"report: --only {args.only}: no variant's name contains it", file=sys.stderr)
+        return 2
     return 1 if bad else 0
 
 

@@ -83,6 +83,13 @@ def test_launches_leave_the_gpu_s_driver_and_the_backends_alone():
     assert before[1] == "torch"
 
 
+def test_report_of_no_such_kernel(monkeypatch, capsys):
+    monkeypatch.setattr(report, "variants", lambda arch: [report.Variant(name="x", arch=arch, kernel=None, data="")])
+    monkeypatch.setattr("sys.argv", ["report", "--arch", "90", "--only", "y"])
+    assert report.main() == 2
+    assert capsys.readouterr().err == "report: --only y: no variant's name contains it\n"
+
+
 def test_report_counts_what_is_over_the_limits():
     row = report.Row("x", 80, registers=255, stack=48, shared=200_000, instructions=())
     assert len(row.problems) == 2

@@ -249,6 +249,24 @@ def test_quantiles():
     assert common.quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 100.0]) == (3.5, 2.0, 5.0, 6)
 
 
+def test_unknown_provider(tmp_path, capsys):
+    """One line with those that there are, and no file without rows; one that is known is enough."""
+    with pytest.raises(SystemExit) as stopped:
+        run("layernorm", tmp_path, "--providers", "torhc,mine")
+    assert (stopped.value.code, capsys.readouterr().err) == (2, "--providers torhc,mine: there are ours, torch, compile\n")
+    assert not list(tmp_path.iterdir())
+    assert run("layernorm", tmp_path, "--providers", "torch,mine").rows
+
+
+@pytest.mark.parametrize("option", ["--batch", "--length", "--steps"])
+@pytest.mark.parametrize("op", ["train_step", "loss_curves"])
+def test_counts_are_positive(op, option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(op, tmp_path, option, "0")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith(f"argument {option}: 0: expected an integer of at least 1\n")
+
+
 def test_row_with_unknown_column(tmp_path):
     bench = common.Bench("x", common.parser("").parse_args([*CPU, "--out", str(tmp_path)]))
     with pytest.raises(AssertionError, match="speed"):
