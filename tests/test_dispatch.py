@@ -68,7 +68,14 @@ def test_unknown_backend_in_the_environment(monkeypatch):
         dispatch.choose("attention", "cpu")
 
 
-def test_choice_is_a_constant_under_compile():
+def test_choice_is_a_constant_under_compile(monkeypatch):
+    resolve = dispatch._resolve
+
+    def untraceable(*args):
+        torch._dynamo.graph_break()
+        return resolve(*args)
+
+    monkeypatch.setattr(dispatch, "_resolve", untraceable)
     dispatch.use("torch")
 
     @torch.compile(fullgraph=True, backend="eager")

@@ -99,7 +99,8 @@ def test_readback_is_one_step_late_on_a_gpu():
 
 
 @pytest.fixture
-def group(tmp_path):
+def group(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # PyTorch puts its own there
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """The trainer on a GPU that is not there (see fake_cuda.py): what would fail on a real one, and where the host would wait."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -119,6 +120,7 @@ def test_with_several_ranks_too(fake, monkeypatch, data, tmp_path):
     for name, function in (("init", init), ("wrap", lambda model, *_: model), ("_exit", leave)):
         monkeypatch.setattr(distributed, name, function)
     monkeypatch.setattr(distributed, "gather", lambda value, world: [value] * world.size)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # PyTorch puts its own there
     try:
         trained(gpu, monkeypatch, data, tmp_path, spike_guard=True)
     finally:
