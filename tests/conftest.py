@@ -6,6 +6,7 @@ The interpreter must be chosen before Triton is imported, so it has a process of
 
 import os
 import signal
+import tempfile
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ THREADS = torch.get_num_threads()
 HAS_GPU = torch.cuda.is_available() and not INTERPRET
 KERNELS = dispatch.requested()
 
-
+# Triton keeps what it compiles in the home directory, which not every account can write to.
+if not os.access(os.path.expanduser("~"), os.W_OK):
+    os.environ.setdefault("TRITON_CACHE_DIR", f"{tempfile.gettempdir()}/triton-{os.getuid()}")
 # A shell starts what it puts in the background without Ctrl-C, and so would the processes be that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

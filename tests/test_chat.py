@@ -199,7 +199,7 @@ class Terminal:
     def press(self, keys):
         os.write(self.fd, keys.encode())
 
-    def wait_for(self, text, seconds=60):
+    def wait_for(self, text, seconds=180):
         """What is shown up to the text, for the first time since the last call."""
         end = time.monotonic() + seconds
         os.set_blocking(self.fd, False)
@@ -231,7 +231,7 @@ def test_terminal(run_dir):
         terminal.press("\x03")
         terminal.wait_for("\n> ")
         terminal.press("\x04")
-        assert terminal.process.wait(30) == 0
+        assert terminal.process.wait(180) == 0
     finally:
         terminal.process.kill()
         terminal.process.wait()

@@ -522,7 +522,7 @@ def test_r22_killed_from_outside_with_workers_and_resumed(gpt2):
     journal, reached = Path(".out.partial", JOURNAL), [0]
     for workers in (2, 3, 2):
         process = started(0, "a.jsonl", *options, f"--workers={workers}", "--out=out", start_new_session=True)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             at = json.loads(journal.read_text())["documents"] if journal.exists() else 0
             if at > reached[-1] + 300:
@@ -558,7 +558,7 @@ def test_an_interrupted_preparation_says_how_to_go_on(gpt2):
     Path("a.jsonl").write_bytes(jsonl(documents(4000)))
     options = ("--val_fraction=0.02", "--workers=2", "--out=out")
     process = started(0, "a.jsonl", *options, start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(Path().glob(".out.partial/train_*.bin")) and time.monotonic() < deadline:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)

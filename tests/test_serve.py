@@ -116,7 +116,7 @@ def serving(model, encoder=None, secret=b"", **keys):
         assert not thread.is_alive()
 
 
-def wait_until(holds, seconds=15):
+def wait_until(holds, seconds=60):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "waited in vain"
