@@ -235,12 +235,20 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, presets: Path | None 
     escape_output()
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(usage(cls, presets, prog and ("python " + prog if prog.endswith(".py") else f"python -m nanogpt.{prog}")))
+        print_help(usage(cls, presets, prog and ("python " + prog if prog.endswith(".py") else f"python -m nanogpt.{prog}")))
         raise SystemExit(0)
     try:
         return load(cls, argv, presets)
     except (ValueError, OSError) as error:
         fail(error, prog)
+
+
+def print_help(text: str) -> None:
+    """Prints it for a reader that may leave before its end, as ``head`` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(error: Exception, prog: str = "") -> NoReturn:

@@ -1,5 +1,6 @@
 """nanogpt.config: options, config files that are read and never run, presets, and values judged together."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -274,6 +275,15 @@ def test_help_names_every_key_with_type_and_default():
         assert f"(default: {default!r})" in line
         assert len(line.split("(default")[0].split()) >= 3  # name, type, some words
     assert "train_shakespeare_char" in text
+
+
+@pytest.mark.parametrize("module", ["nanogpt.train", "nanogpt.data.prepare"])
+def test_help_whose_reader_left(module):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", module, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("argv", [["--learning_rat=1"], ["--n_head=5"], ["--help"]], ids=" ".join)

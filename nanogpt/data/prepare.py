@@ -272,7 +272,7 @@ def main(argv: list[str]) -> None:
     config.escape_output()
     names = [word for word in argv[:1] if not word.startswith("--")]
     if {"-h", "--help"} & set(argv):
-        print(config.usage(PrepareConfig, None, USAGE).replace("[FILE.py] ", ""))
+        config.print_help(config.usage(PrepareConfig, None, USAGE).replace("[FILE.py] ", ""))
         print(f"\nNames: {', '.join(RECIPES)}, a path, or any other with --input")
         return
     try:
