@@ -50,7 +50,8 @@ def run(op: str, out: Path, *more: str) -> common.Bench:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_smallest_form(op, providers, tmp_path, request):
+def test_smallest_form(op, providers, tmp_path, request, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the checkpoints of one are written beside it
     if op == "prepare":
         request.getfixturevalue("gpt2"), request.getfixturevalue("plays_wheel")
     bench = run(op, tmp_path, "--providers", ",".join(providers))

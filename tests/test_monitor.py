@@ -320,6 +320,7 @@ def test_console_draws_progress_on_a_terminal(monkeypatch):
     with open(terminal, "w") as stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
         patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", "80")
         console = monitor.Console(0, 100)
         console.print("iter 0: loss [1.0]")
         console.advance(40)
