@@ -157,14 +157,14 @@ def out_of_memory(error: BaseException) -> bool:
     return re.search("|".join(OUT_OF_MEMORY), str(error)) is not None
 
 
-def memory_advice(config: TrainConfig, device: torch.device, error: BaseException) -> str:
-    """What was asked for, what there is, and three ways to need less."""
+def memory_advice(config: TrainConfig, device: torch.device, error: BaseException, saving: bool = False) -> str:
+    """What was asked for, what there is, and three ways to need less; of which `saving` needs another first."""
     B, G, T = config.batch_size, config.gradient_accumulation_steps, config.block_size
     if device.type == "cuda":
         peak, (free, _) = torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)
     else:
         peak, free = _host_memory()
-    flags = []
+    flags = ["--async_save=false"] * (config.async_save and saving)
     if B > 1:  # the same tokens an update
         flags.append(f"--batch_size={(B + 1) // 2} --gradient_accumulation_steps={2 * G}")
     if not config.recompute:
@@ -175,7 +175,7 @@ def memory_advice(config: TrainConfig, device: torch.device, error: BaseExceptio
         flags.append(f"--block_size={max(1, T // 2)}")
     if config.dtype == "float32" or (config.dtype == "auto" and device.type == "cpu"):
         flags.append("--dtype=bfloat16")
-    if config.async_save and device.type == "cpu":
+    if config.async_save and device.type == "cpu" and not saving:
         flags.append("--async_save=false")
     what = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return (

@@ -398,7 +398,7 @@ def main(config: TrainConfig, started: float | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not anomaly.out_of_memory(error):
             raise
-        run.reason, code = anomaly.memory_advice(config, world.device, error), 2
+        run.reason, code = anomaly.memory_advice(config, world.device, error, watchdog.where == "saving"), 2
         print(f"train: rank {world.rank}: {run.reason}", file=sys.stderr)
     finally:
         watchdog.close()

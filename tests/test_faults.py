@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from nanogpt import anomaly, checkpoint, distributed, faults, goodput, guard, resume, train
+from nanogpt import anomaly, checkpoint, distributed, faults, goodput, guard, resume, saver, train
 from nanogpt.config import TrainConfig, load
 from nanogpt.guard import NOT_FINITE, OVERFLOW, SPIKE, UPDATED, DivergenceError, Guard, Step
 from nanogpt.optim import AdamW, LossScale
@@ -635,6 +635,16 @@ def test_r18_real(data, tmp_path, keys, flags):  # noqa: F811
     pattern = rf"train: rank 0: out of memory on cpu with batch_size={keys.get('batch_size', 4)}, block_size=16: peak .*"
     assert re.search(pattern + re.escape(f"try {flags}, or --"), err), err
     assert "Traceback" not in err
+
+
+def test_r18_a_save_without_room_for_its_copy_says_how_to_need_none(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def full(*args):
+        raise RuntimeError("CUDA error: out of memory")  # as pinned memory has it
+
+    monkeypatch.setattr(saver.Saver, "_copy", full)
+    assert run(data, tmp_path) == 2
+    assert "; try --async_save=false, or --batch_size=2 --gradient_accumulation_steps=4, or --" in capsys.readouterr().err
+    assert run(data, tmp_path, async_save=False, overwrite=True) == 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])
