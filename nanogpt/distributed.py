@@ -65,15 +65,27 @@ def init(config: TrainConfig) -> World:
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         raise ValueError(f"backend=nccl: serves GPUs only, and device is {device.type}; use --backend=gloo")
-    store, rank, size = next(dist.rendezvous("env://"))
-    # After a crash, torchrun's store still holds the addresses of the dead, which the living would wait for
-    store = dist.PrefixStore(f"nanogpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # Later than the watchdog, which can name who hangs, and than a save for which the others wait; 3 years stand for ever
     patience = timedelta(seconds=min(10 * (config.timeout or math.inf) + 60, 1e8))
     device_id = device if backend == "nccl" else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id, timeout=patience)
+    with _ended_by_signals():
+        store, rank, size = next(dist.rendezvous("env://"))
+        # After a crash, torchrun's store still holds the addresses of the dead, which the living would wait for
+        store = dist.PrefixStore(f"nanogpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id, timeout=patience)
     sys.excepthook = _end
     return World(rank, local_rank, size, device, store)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Around what waits for the other processes, in which no handler of Python's is ever called: a signal ends this one."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in StopRequest.SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))

@@ -1,8 +1,10 @@
 """nanogpt.distributed: devices, gradient averaging on the last micro-step only, random states, signals to real processes."""
 
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from nanogpt import distributed
 from nanogpt.config import TrainConfig
 from nanogpt.distributed import Readback, World, pick_device, pick_dtype
+from tests.runs import ROOT
 
 CPU = World(0, 0, 1, torch.device("cpu"))
 
@@ -70,6 +73,35 @@ def test_dtype(monkeypatch):
         )
         assert pick_dtype("auto", cuda) == dtype
     assert pick_dtype("float32", torch.device("mps")) == torch.float32
+
+
+WAITS = """
+from nanogpt import distributed
+from nanogpt.config import TrainConfig
+stop = distributed.StopRequest()
+rendezvous = distributed.dist.rendezvous
+def told(url):
+    print("waits", flush=True)
+    yield from rendezvous(url)
+distributed.dist.rendezvous = told
+distributed.init(TrainConfig(device="cpu"))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_process_that_waits_for_others(number):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", WAITS], env=os.environ | where, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "waits\n"
+    time.sleep(1.0)
+    process.send_signal(number)
+    try:
+        assert process.wait(30) == -number
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(("timeout", "seconds"), [(600, 6060), (0, 1e8), (1e12, 1e8)])
