@@ -22,6 +22,7 @@ import torch
 from kernels import dispatch
 from nanogpt import data, distributed, hellaswag, pretrained, tokenizer
 from nanogpt.config import TrainConfig, check_init_from, key, parse
+from nanogpt.data.check import beyond
 from nanogpt.data.shards import Shard, open_dataset
 from nanogpt.distributed import World
 from nanogpt.model import GPT
@@ -112,6 +113,9 @@ def loss(
         world: this rank.
         lengths: (V,) bytes of each token; None: not known, the sum is 0.
         on_round: called after each batch.
+
+    Raises:
+        ValueError: naming file and offset of a token that the model does not have.
     """
     sums = torch.zeros(len(windows), 2, dtype=torch.float64)  # nats, bytes
     batches = [range(i, min(i + batch_size, len(windows))) for i in range(0, len(windows), batch_size)]
@@ -119,6 +123,8 @@ def loss(
     for done, batch in enumerate(distributed.rounds(batches, world), start=1):
         if batch:
             idx, targets = windows.read(batch)
+            if max(idx.max(), targets.max()) >= model.vocab_size:
+                raise ValueError(next(fault for shard in windows.shards for fault in beyond(shard, model.vocab_size)))
             x, y = (torch.from_numpy(a).to(world.device) for a in (idx, targets))
             sums[batch.start : batch.stop, 0] = model.token_losses(x, y).cpu().double().sum(1)
             if lengths is not None:

@@ -407,8 +407,8 @@ def main(config: TrainConfig, started: float | None = None) -> int:
         try:
             run.saver.close()
         finally:  # told even where it raises, which it does only of a run that has failed
-            if not run.reason and (uncaught := sys.exc_info()[1]):
-                run.reason = repr(uncaught)[:300]
+            if state == "failed" and not run.reason:
+                run.reason = repr(sys.exc_info()[1])[:300]
             status(state, run.reason)
             if log:
                 because = f" ({run.reason.splitlines()[0]})" if run.reason else ""

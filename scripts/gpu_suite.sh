@@ -52,7 +52,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
 if [ -n "$arch" ]; then
     export TORCH_CUDA_ARCH_LIST=$arch
-elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     echo "gpu_suite.sh: needs a GPU: nvidia-smi lists none, and $python has no PyTorch that sees one" >&2
     exit 2
 fi

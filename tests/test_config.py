@@ -277,7 +277,7 @@ def test_help_names_every_key_with_type_and_default():
     assert "train_shakespeare_char" in text
 
 
-@pytest.mark.parametrize("module", ["nanogpt.train", "nanogpt.data.prepare"])
+@pytest.mark.parametrize("module", ["nanogpt.train", "nanogpt.data.prepare", "nanogpt.data"])
 def test_help_whose_reader_left(module):
     reader, writer = os.pipe()
     os.close(reader)

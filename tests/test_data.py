@@ -535,3 +535,14 @@ def test_pip_download_reports_failure(monkeypatch):
 def test_shards_module_reads_no_pickle():
     for module in (shards, tokenizer, sys.modules["nanogpt.data.meta"]):
         assert "import pickle\n" not in Path(module.__file__).read_text()
+
+
+def test_help_of_prepare_is_written_at_once(monkeypatch, capsys):
+    """So that a reader may leave at any time."""
+    written = []
+    monkeypatch.setattr(prepare.config, "print_help", written.append)
+    prepare.main(["--help"])
+    assert capsys.readouterr().out == ""
+    (text,) = written
+    assert text.startswith("usage: ")
+    assert text.splitlines()[-1].startswith("Names: shakespeare_char, ")

@@ -296,6 +296,17 @@ def test_data_of_other_tokens_is_refused(trained, data, tmp_path, capsys):
     assert "no shard of the split train" in mistake(trained, f"--data={tmp_path}", "--split=train", capsys=capsys)
 
 
+def test_a_token_beyond_the_vocabulary_is_named(trained, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    tokens = np.fromfile(data / "val.bin", dtype=np.uint16)
+    tokens[900:] = len(LETTERS)
+    tokens.tofile(tmp_path / "data" / "val.bin")
+    error = mistake(trained, f"--data={tmp_path / 'data'}", capsys=capsys)
+    message = f"offset 1800: token {len(LETTERS)}, but the vocabulary has {len(LETTERS)}"
+    assert error == f"evaluate: {tmp_path / 'data' / 'val.bin'}: {message}\n"
+    assert figures(trained, f"--data={tmp_path / 'data'}", "--tokens=899", capsys=capsys)["tokens"] == 899
+
+
 def gpt2_data(path, encoder, count=700):
     """GPT-2's tokens, some ends of documents among them; their text's bytes."""
     tokens = np.array(encoder.encode("Naïve café — 東京 [x] the<|endoftext|>" * 100)[:count], dtype=np.uint16)

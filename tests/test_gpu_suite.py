@@ -69,7 +69,7 @@ def test_bad_options(arguments, message, tmp_path):
 
 def test_no_gpu(tmp_path):
     """One line where neither nvidia-smi nor PyTorch sees a GPU; PyTorch's word is enough."""
-    done = suite(tmp_path, "--out", "out", "--only", "build", python="exit 1", smi="exit 9")
+    done = suite(tmp_path, "--out", "out", "--only", "build", python="echo no module >&2; exit 1", smi="exit 9")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("gpu_suite.sh: needs a GPU: nvidia-smi lists none")
     assert suite(tmp_path, "--out", "out", "--only", "build", python="exit 0", smi="exit 9").returncode == 0

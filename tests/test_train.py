@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -20,7 +21,7 @@ from kernels.linear import split_products
 from nanogpt import checkpoint, distributed, train
 from nanogpt.config import TrainConfig, load
 from nanogpt.data.loader import Loader
-from nanogpt.data.shards import write_shard
+from nanogpt.data.shards import open_dataset, write_shard
 from nanogpt.model import GPT
 from nanogpt.optim import learning_rate
 from tests.runs import KILLED, ROOT, TORCHRUN, arguments, losses, records, run, start, status, walk
@@ -490,16 +491,40 @@ def test_more_files_than_the_usual_limit(tmp_path):
     )
     done = start(["-c", code, *arguments(tmp_path / "data", tmp_path / "out", max_iters=2)])
     assert done[0] == 0, done
+    code = code.replace("(50, 700)", "(50, 60)")
+    _, out, err = done = start(["-c", code, *arguments(tmp_path / "data", tmp_path / "none", max_iters=2)])
+    message = f"{tmp_path / 'data'}: 60 shards are as many open files, of which the process may have 60 (ulimit -n)"
+    assert (done[0], out, err) == (2, "", f"train: {message}\n")
+
+
+def test_a_system_that_grants_no_more_files(data, monkeypatch):
+    """As where fs.nr_open is below the hard limit: what needs no more is read all the same."""
+    tried = []
+
+    def refuse(*args):
+        tried.append(args)
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 1 << 20))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert open_dataset(data).count("train") == 20000
+    assert tried == [(resource.RLIMIT_NOFILE, (514, 1 << 20))]
 
 
 def test_the_reason_of_a_failure_is_told(data, tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("connection closed by peer")
 
-    monkeypatch.setattr(distributed, "gradient_sync", broken)
-    with pytest.raises(RuntimeError):
-        run(data, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "gradient_sync", broken)
+        with pytest.raises(RuntimeError):
+            run(data, tmp_path)
     assert (status(tmp_path)["state"], status(tmp_path)["reason"]) == ("failed", "RuntimeError('connection closed by peer')")
+    try:
+        raise KeyError("of the caller's")
+    except KeyError:  # which says nothing about a run that it starts then
+        run(data, tmp_path / "other")
+    assert (status(tmp_path / "other")["state"], status(tmp_path / "other")["reason"]) == ("finished", "")
 
 
 @pytest.mark.parametrize(

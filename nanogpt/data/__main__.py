@@ -12,7 +12,7 @@ def main(argv: list[str]) -> None:
     config.escape_output()
     command = argv[0] if argv else ""
     if command in ("-h", "--help"):
-        print(__doc__)
+        config.print_help(__doc__)
         return
     if command == "prepare":
         prepare.main(argv[1:])

@@ -272,8 +272,8 @@ def main(argv: list[str]) -> None:
     config.escape_output()
     names = [word for word in argv[:1] if not word.startswith("--")]
     if {"-h", "--help"} & set(argv):
-        config.print_help(config.usage(PrepareConfig, None, USAGE).replace("[FILE.py] ", ""))
-        print(f"\nNames: {', '.join(RECIPES)}, a path, or any other with --input")
+        names = f"Names: {', '.join(RECIPES)}, a path, or any other with --input"
+        config.print_help(f"{config.usage(PrepareConfig, None, USAGE).replace('[FILE.py] ', '')}\n\n{names}")
         return
     try:
         if not names:

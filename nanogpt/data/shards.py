@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import resource
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,17 +135,21 @@ def open_dataset(path: Path) -> Dataset:
     splits = {
         split: [open_listed(path, name, tokens) for name, tokens in found] for split, found in listing(path, sidecar).items()
     }
-    _allow_files(sum(map(len, splits.values())))
+    _allow_files(path, sum(map(len, splits.values())))
     return Dataset(path, _vocab_size(path, sidecar, splits), splits, sidecar)
 
 
-def _allow_files(count: int) -> None:
-    """Has the process open so many files more, if it may: a memory map holds one, and the usual limit is 1,024."""
+def _allow_files(path: Path, count: int) -> None:
+    """Has the process open so many files more: a memory map holds one, and the usual limit is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 512
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(ValueError, OSError):  # the system may have less to give than the limit says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+            soft = allowed
+        if soft <= count:
+            raise ValueError(f"{path}: {count} shards are as many open files, of which the process may have {soft} (ulimit -n)")
 
 
 def read_sidecar(path: Path) -> dict:
