@@ -296,7 +296,7 @@ def test_data_of_other_tokens_is_refused(trained, data, tmp_path, capsys):
     assert "no shard of the split train" in mistake(trained, f"--data={tmp_path}", "--split=train", capsys=capsys)
 
 
-def test_a_token_beyond_the_vocabulary_is_named(trained, data, tmp_path, capsys):
+def test_r21_a_token_beyond_the_vocabulary_is_named(trained, data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data")
     tokens = np.fromfile(data / "val.bin", dtype=np.uint16)
     tokens[900:] = len(LETTERS)
