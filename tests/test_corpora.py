@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -551,6 +552,32 @@ def test_r22_killed_from_outside_with_workers_and_resumed(gpt2):
     assert process.returncode == 0, error
     assert "going on after" in out
     assert contents("out") == want
+
+
+def others_in_session(leader):
+    """The processes of a session but the first."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if path.read_text().rpartition(")")[2].split()[3] == str(leader):
+                found.append(int(path.parent.name))
+    return set(found) - {leader}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_processes_that_encode_leave_an_interrupt_to_their_parent(gpt2):
+    """At any moment of their life, that of their start included, when Python would show a traceback."""
+    Path("a.jsonl").write_bytes(jsonl(documents(4000)))
+    process = started(0, "a.jsonl", "--workers=2", "--out=out", start_new_session=True)
+    seen = set()
+    while process.poll() is None:
+        for other in others_in_session(process.pid):
+            seen.add(other)
+            with suppress(ProcessLookupError):
+                os.kill(other, signal.SIGINT)
+        time.sleep(0.005)
+    assert (process.returncode, process.communicate()[1]) == (0, "")
+    assert len(seen) == 3  # Python's resource tracker, and two that encode
 
 
 def test_an_interrupted_preparation_says_how_to_go_on(gpt2):

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
@@ -64,7 +64,7 @@ def in_order(blocks: Iterable[Block], folder: Path, key: str, workers: int) -> I
     waiting: deque = deque()
     try:
         for block in blocks:
-            waiting.append((block._replace(parts=[]), pool.submit(_work, block, folder, key)))
+            waiting.append((block._replace(parts=[]), _submit(pool, _work, block, folder, key)))
             if len(waiting) > 8 * workers:  # some seconds of work, in which the disk may be slow
                 block, result = waiting.popleft()
                 yield block, result.result()
@@ -79,9 +79,17 @@ def in_order(blocks: Iterable[Block], folder: Path, key: str, workers: int) -> I
         pool.shutdown(cancel_futures=True)
 
 
+def _submit(pool: ProcessPoolExecutor, *call) -> Future:
+    """Processes that the pool starts meanwhile leave the keyboard's signal to this one, from their first instruction on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(*call)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start() -> None:
-    """In a new process: it ends with its parent, however that ends, and leaves the keyboard's signal to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a new process: it ends with its parent, however that ends."""
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 
