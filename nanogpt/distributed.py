@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -79,8 +80,10 @@ def init(config: TrainConfig) -> World:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Around what waits for the other processes, in which no handler of Python's is ever called: a signal ends this one."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in StopRequest.SIGNALS}
+    """Around what waits for the other processes: a signal ends this one. In the main thread, where all of Python's handlers are
+    called, none would be before the wait is over."""
+    numbers = StopRequest.SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         yield
     finally:

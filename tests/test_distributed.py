@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -113,6 +114,22 @@ def test_collectives_wait_longer_than_the_watchdog(monkeypatch, timeout, seconds
     monkeypatch.setenv("WORLD_SIZE", "2")
     distributed.init(TrainConfig(device="cpu", timeout=timeout))
     assert seen["timeout"].total_seconds() == seconds
+
+
+def test_a_process_group_is_joined_in_any_thread(monkeypatch):
+    seen = []
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **keys: seen.append(signal.getsignal(signal.SIGINT)))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=distributed.init, args=(TrainConfig(device="cpu"),))
+    thread.start()
+    thread.join()
+    assert seen == [before]
+    distributed.init(TrainConfig(device="cpu"))
+    assert seen == [before, signal.SIG_DFL]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_readback_averages_over_the_ranks(monkeypatch):
