@@ -409,6 +409,17 @@ def test_check_names_file_and_offset_of_a_token(small, capsys):
     assert len(lines) == 2
 
 
+def test_tokens_beyond_gpt2s_say_how_another_vocabulary_is_named(tmp_path, capsys):
+    tokens = np.array([1, 50256, 50257], dtype="<u2")
+    tokens.tofile(tmp_path / "train.bin")
+    assert run("check", str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"data: {tmp_path / 'train.bin'}: offset 4: token 50257, but the vocabulary has 50257")
+    assert error.endswith(' (GPT-2\'s, as none is named; {"vocab_size": N} in dataset.json names another)\n')
+    (tmp_path / "dataset.json").write_text('{"vocab_size": 50304}')
+    assert run("check", str(tmp_path)) == 0
+
+
 def test_check_sees_a_flipped_bit(small, capsys):
     with open(small / "val_000000.bin", "r+b") as file:
         file.seek(1024)

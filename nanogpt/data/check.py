@@ -64,7 +64,9 @@ def beyond(shard: Shard, vocab_size: int) -> Iterator[str]:
         if len(bad):
             at = start + int(bad[0])
             offset = shard.offset + at * shard.dtype.itemsize
-            yield f"{shard.path}: offset {offset}: token {shard.tokens[at]}, but the vocabulary has {vocab_size}"
+            line = f"{shard.path}: offset {offset}: token {shard.tokens[at]}, but the vocabulary has {vocab_size}"
+            named = any((shard.path.parent / name).exists() for name in (SIDECAR, "meta.pkl"))
+            yield line if named else f'{line} (GPT-2\'s, as none is named; {{"vocab_size": N}} in {SIDECAR} names another)'
             return
 
 
