@@ -416,6 +416,8 @@ def test_tokens_beyond_gpt2s_say_how_another_vocabulary_is_named(tmp_path, capsy
     error = capsys.readouterr().err
     assert error.startswith(f"data: {tmp_path / 'train.bin'}: offset 4: token 50257, but the vocabulary has 50257")
     assert error.endswith(' (GPT-2\'s, as none is named; {"vocab_size": N} in dataset.json names another)\n')
+    [line] = check.beyond(shards.open_dataset(tmp_path).shards("train")[0], 64)  # of a model, which is no guess
+    assert line.endswith("token 50256, but the vocabulary has 64")
     (tmp_path / "dataset.json").write_text('{"vocab_size": 50304}')
     assert run("check", str(tmp_path)) == 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt import tokenizer
-from nanogpt.data.shards import SIDECAR, Dataset, Shard, listing, open_dataset, open_listed, read_sidecar
+from nanogpt.data.shards import GPT2_VOCAB, SIDECAR, Dataset, Shard, listing, open_dataset, open_listed, read_sidecar
 from nanogpt.data.sources import digest
 
 BLOCK = 1 << 24  # tokens read at a time
@@ -65,7 +65,7 @@ def beyond(shard: Shard, vocab_size: int) -> Iterator[str]:
             at = start + int(bad[0])
             offset = shard.offset + at * shard.dtype.itemsize
             line = f"{shard.path}: offset {offset}: token {shard.tokens[at]}, but the vocabulary has {vocab_size}"
-            named = any((shard.path.parent / name).exists() for name in (SIDECAR, "meta.pkl"))
+            named = vocab_size != GPT2_VOCAB or any((shard.path.parent / name).exists() for name in (SIDECAR, "meta.pkl"))
             yield line if named else f'{line} (GPT-2\'s, as none is named; {{"vocab_size": N}} in {SIDECAR} names another)'
             return
 
